@@ -1,0 +1,17 @@
+"""Set up before anything imports jax: fake devices, and run-time checks of every signature."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
+
+from jaxtyping import install_import_hook  # noqa: E402
+
+install_import_hook("jaxcomp", "beartype.beartype")
+
+from hypothesis import settings  # noqa: E402
+
+settings.register_profile("default", deadline=None, max_examples=30)
+settings.load_profile("default")

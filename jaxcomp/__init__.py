@@ -1,0 +1,1 @@
+"""jaxcomp: smaller and faster neural networks, as pure functions on parameter pytrees."""
