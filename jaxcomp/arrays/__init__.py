@@ -1,1 +1,18 @@
-""""""
+"""What a weight can become: one representation a file, all of them pytree nodes that decode."""
+
+from jaxcomp.arrays.base import CompressedArray, Parts, Symbols, decode, is_compressed, nbytes
+from jaxcomp.arrays.codebook import CodebookArray
+from jaxcomp.arrays.quantized import QuantizedArray
+from jaxcomp.arrays.sparse import SparseArray
+
+__all__ = [
+    "CodebookArray",
+    "CompressedArray",
+    "Parts",
+    "QuantizedArray",
+    "SparseArray",
+    "Symbols",
+    "decode",
+    "is_compressed",
+    "nbytes",
+]

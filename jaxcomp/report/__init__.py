@@ -1,1 +1,1 @@
-""""""
+"""Tables of what compression cost and what it saved."""

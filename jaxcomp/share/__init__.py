@@ -1,1 +1,1 @@
-""""""
+"""Shared weights: codebooks, and the method that trains them."""
