@@ -152,15 +152,18 @@ def is_weight(path: str, leaf: Any) -> bool:
     )
 
 
-def select(tree: Any, where: Callable[[str, Any], bool] = is_weight) -> Leaves:
+def select(
+    tree: Any, where: Callable[[str, Any], bool] = is_weight, *, check: bool = True
+) -> Leaves:
     """The leaves that a method works on: what ``where`` admits, or all of a selection.
 
     Args:
         tree: a parameter tree, or :class:`Leaves` that somebody has already chosen.
         where: predicate of path and leaf.
+        check: whether to look at the leaves: floating, not empty and, if concrete, finite.
 
     Returns:
-        The selection, checked: floating, not empty and, if concrete, finite.
+        The selection.
 
     Raises:
         ValueError: nothing is left to work on, a leaf has no elements, NaN or infinite values.
@@ -178,7 +181,7 @@ def select(tree: Any, where: Callable[[str, Any], bool] = is_weight) -> Leaves:
             "there is no weight to compress: the tree has no floating leaf of two or more axes; "
             "name the leaves that are meant with partition({...}, where=...)"
         )
-    for path, leaf in leaves.items():
+    for path, leaf in leaves.items() if check else ():
         check_weight(path, leaf)
     return leaves
 
