@@ -97,7 +97,7 @@ def wrap_optimizer(
         updates, inner = tx.update(
             _attach(grads_in, grads_learned), state.inner, _attach(params, old.learned), **extra
         )
-        updates, learned_updates = _detach(updates, old.learned)
+        updates, learned_updates = _detach(updates, params, old.learned)
         learned: Any = optax.apply_updates(old.learned, learned_updates)
         new = method.update(params, State(learned, old.buffers), grads)
         if method.project is not None:
@@ -176,7 +176,7 @@ def pack(params: Params, opt_state: Any) -> Any:
                 tree_lib.check_weight(path, leaf)
         return state.method.pack(weights, state.compression)
 
-    return _on_params(params, packed)
+    return _on_params(params, packed, share=False)
 
 
 @jax.custom_jvp
@@ -223,20 +223,21 @@ def _attach(params: Params, learned: dict[str, Any]) -> Params:
     """The tree that the inner optimizer sees."""
     if not learned:
         return params
+    nnx = _nnx()
+    if nnx is not None and isinstance(params, nnx.State):
+        # NNX would take a node inside its own mapping for one of its own.
+        params = nnx.to_pure_dict(params)
     leaves = tree_lib.take(params, learned)
     return tree_lib.replace(params, {p: Trained(leaves[p], value) for p, value in learned.items()})
 
 
-def _detach(tree: Params, learned: dict[str, Any]) -> tuple[Params, dict[str, Any]]:
-    """Undo :func:`_attach`."""
+def _detach(updates: Params, params: Params, learned: dict[str, Any]) -> tuple[Params, Any]:
+    """Undo :func:`_attach`: updates in the structure of ``params``, and those of ``learned``."""
     if not learned:
-        return tree, {}
-    is_node = lambda leaf: isinstance(leaf, Trained)  # noqa: E731
-    weights = jax.tree.map(lambda x: x.weight if is_node(x) else x, tree, is_leaf=is_node)
-    nodes = [leaf for leaf in jax.tree.leaves(tree, is_leaf=is_node) if is_node(leaf)]
-    # Nodes come in the order of the tree, `learned` in any.
-    order = [path for path in tree_lib.flatten(weights) if path in learned]
-    return weights, {path: node.learned for path, node in zip(order, nodes, strict=True)}
+        return updates, {}
+    leaves = tree_lib.flatten(updates, is_leaf=lambda leaf: isinstance(leaf, Trained))
+    weights = {path: leaves[path].weight if path in learned else leaves[path] for path in leaves}
+    return tree_lib.replace(params, weights), {path: leaves[path].learned for path in learned}
 
 
 def _find(opt_state: Any) -> WrappedState:
@@ -268,10 +269,14 @@ def _pure(tree: Any) -> Any:
     )
 
 
-def _on_params(params: Params, function: Any) -> Any:
-    """Call ``function`` on a tree, or on the parameters of an NNX module."""
+def _on_params(params: Params, function: Any, *, share: bool = True) -> Any:
+    """Call ``function`` on a tree, or on the parameters of an NNX module.
+
+    The module that comes back shares its other variables with the one given (a batch norm updates
+    both), unless ``share`` is False.
+    """
     nnx = _nnx()
     if nnx is None or not isinstance(params, nnx.Module):
         return function(params)
     graph, weights, rest = nnx.split(params, nnx.Param, ...)
-    return nnx.merge(graph, function(weights), rest)
+    return nnx.merge(graph, function(weights), rest if share else nnx.clone(rest))

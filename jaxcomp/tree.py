@@ -52,11 +52,12 @@ def _path(keys: tuple[Any, ...]) -> str:
     return "/".join(_key_name(key) for key in (keys[:-1] if boxed and len(keys) > 1 else keys))
 
 
-def flatten(tree: Any) -> Leaves:
+def flatten(tree: Any, is_leaf: Callable[[Any], bool] = is_compressed) -> Leaves:
     """All leaves of a tree by their paths; compressed leaves stay whole.
 
     Args:
         tree: any pytree.
+        is_leaf: which nodes stay whole.
 
     Returns:
         Paths and leaves in the order of the tree.
@@ -68,7 +69,7 @@ def flatten(tree: Any) -> Leaves:
         >>> list(flatten({"params": {"Dense_0": {"kernel": 1.0, "bias": 2.0}}}))
         ['params/Dense_0/bias', 'params/Dense_0/kernel']
     """
-    pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_compressed)
+    pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     leaves = Leaves()
     for keys, leaf in pairs:
         path = _path(keys)

@@ -1,0 +1,65 @@
+"""How sparse at which step. Any function of the step serves, optax schedules too."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+
+Schedule = Callable[[Any], Any]
+
+
+def check_sparsity(name: str, sparsity: float) -> None:
+    """Raise unless a sparsity (the fraction removed) is a number in [0, 1).
+
+    Raises:
+        ValueError: it is not.
+
+    Example:
+        >>> check_sparsity("sparsity", 90)
+        Traceback (most recent call last):
+        ...
+        ValueError: sparsity is the fraction of weights removed, in [0, 1), not 90
+    """
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"{name} is the fraction of weights removed, in [0, 1), not {sparsity}")
+
+
+def cubic(final_sparsity: float, begin: int, end: int, initial_sparsity: float = 0.0) -> Schedule:
+    """Prune fast at first and ever slower (Zhu & Gupta, 2018, equation 1).
+
+    ``s(t) = final + (initial - final) * (1 - (t - begin) / (end - begin))**3`` from step ``begin``
+    to ``end``, 0 before and ``final`` after.
+
+    Args:
+        final_sparsity: fraction removed from ``end`` on, in [0, 1).
+        begin: first step of pruning.
+        end: step at which the final sparsity is reached; ``end == begin`` prunes at once.
+        initial_sparsity: fraction removed at ``begin``.
+
+    Returns:
+        A function of the step (a Python or traced integer) to the sparsity, float32.
+
+    Raises:
+        ValueError: a sparsity outside [0, 1), a falling one, or ``end`` before ``begin``.
+
+    Example:
+        >>> [round(float(cubic(0.8, begin=0, end=4)(step)), 3) for step in range(5)]
+        [0.0, 0.462, 0.7, 0.788, 0.8]
+    """
+    check_sparsity("final_sparsity", final_sparsity)
+    check_sparsity("initial_sparsity", initial_sparsity)
+    if initial_sparsity > final_sparsity:
+        raise ValueError(
+            f"initial_sparsity {initial_sparsity} is above final_sparsity {final_sparsity}: "
+            "pruning only removes; exchange them"
+        )
+    if not 0 <= begin <= end:
+        raise ValueError(f"steps must satisfy 0 <= begin <= end, not begin={begin}, end={end}")
+
+    def schedule(step: Any) -> Any:
+        progress = jnp.clip((jnp.asarray(step) - begin) / max(end - begin, 1), 0, 1)
+        ramp = final_sparsity + (initial_sparsity - final_sparsity) * (1 - progress) ** 3
+        ramp = jnp.where(jnp.asarray(step) >= end, final_sparsity, ramp)
+        return jnp.where(jnp.asarray(step) < begin, 0.0, ramp).astype(jnp.float32)
+
+    return schedule
