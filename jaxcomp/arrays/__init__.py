@@ -1,7 +1,8 @@
 """What a weight can become: one representation a file, all of them pytree nodes that decode."""
 
-from jaxcomp.arrays.base import CompressedArray, Parts, Symbols, decode, is_compressed, nbytes
+from jaxcomp.arrays.base import CompressedArray, decode, is_compressed, nbytes
 from jaxcomp.arrays.codebook import CodebookArray
+from jaxcomp.arrays.parts import Parts, Symbols
 from jaxcomp.arrays.quantized import QuantizedArray
 from jaxcomp.arrays.sparse import SparseArray
 

@@ -1,38 +1,14 @@
 """What every compressed leaf is: a pytree node that knows its dense shape and how to decode."""
 
 import abc
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
-
-class Symbols(NamedTuple):
-    """Small unsigned integers that an entropy coder may shorten.
-
-    Attributes:
-        values: unsigned integers below ``alphabet``, in the shape of the dense leaf.
-        alphabet: how many symbols there are.
-    """
-
-    values: np.ndarray
-    alphabet: int
-
-
-class Parts(NamedTuple):
-    """A compressed leaf taken apart for a file: nothing but names, numbers and arrays.
-
-    Attributes:
-        static: JSON-able facts (ints, strings, booleans, None, lists of them).
-        symbols: what is worth entropy-coding.
-        arrays: what is stored as it is.
-    """
-
-    static: dict[str, Any]
-    symbols: dict[str, Symbols]
-    arrays: dict[str, np.ndarray]
+from jaxcomp.arrays.parts import Parts
 
 
 class CompressedArray(meta.AxisMetadata):
@@ -96,8 +72,9 @@ class CompressedArray(meta.AxisMetadata):
         return self.decode()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        dense = np.asarray(self.decode())
-        return dense if dtype is None else dense.astype(dtype)
+        if copy is False:
+            raise ValueError("a compressed leaf has no dense buffer: NumPy must be let copy")
+        return np.asarray(self.decode(), dtype)
 
     def astype(self, dtype: Any) -> jax.Array:
         """The dense array in another dtype, as arrays have it."""
@@ -108,9 +85,9 @@ class CompressedArray(meta.AxisMetadata):
         try:
             dtype = jnp.dtype(self.dtype).name
             return f"{name}(shape={self.shape}, dtype={dtype}, {self.form()}, {self.nbytes} bytes)"
-        except (AttributeError, TypeError, IndexError):
-            # A transformation has put something else than arrays into the fields.
-            return f"{name}({', '.join(map(repr, jax.tree.leaves(self)))})"
+        except Exception:
+            # A transformation has put something else than arrays into the fields: any error.
+            return f"{name}({', '.join(map(_brief, jax.tree.leaves(self)))})"
 
     def unbox(self) -> jax.Array:
         """Flax's name for :meth:`decode`."""
@@ -127,6 +104,12 @@ class CompressedArray(meta.AxisMetadata):
     def remove_axis(self, index: int, params: dict[Any, Any]) -> "CompressedArray":
         """The fields carry stacked axes themselves."""
         return self
+
+
+def _brief(field: Any) -> str:
+    if hasattr(field, "shape") and hasattr(field, "dtype"):
+        return f"{field.dtype}{list(field.shape)}"
+    return " ".join(repr(field).split())[:40]
 
 
 def is_compressed(leaf: Any) -> bool:

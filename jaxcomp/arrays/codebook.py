@@ -1,7 +1,6 @@
 """Shared-weight leaves: packed indices into a small codebook."""
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -9,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt
 
-from jaxcomp.arrays.base import CompressedArray, Parts, Symbols
-from jaxcomp.arrays.bits import pack_bits, unpack_bits
+from jaxcomp.arrays.base import CompressedArray
+from jaxcomp.arrays.bits import pack_bits, pack_bits_host, unpack_bits, unpack_bits_host
+from jaxcomp.arrays.parts import Parts, Symbols, check_names, read_dtype, read_floats, read_symbols
+from jaxcomp.sharding import automatic, spec_like
 
 MAX_CLUSTERS = 1 << 16
 
@@ -22,7 +23,7 @@ def index_bits(clusters: int) -> int:
         >>> index_bits(16), index_bits(17), index_bits(1)
         (4, 5, 1)
     """
-    return max(1, math.ceil(math.log2(clusters)))
+    return max(1, (clusters - 1).bit_length())
 
 
 def lookup(
@@ -34,10 +35,15 @@ def lookup(
         >>> lookup(jnp.array([0.0, 0.5]), jnp.array([[1, 0]], jnp.uint8))
         Array([[0.5, 0. ]], dtype=float32)
     """
+    return automatic(_lookup, out=spec_like(indices, indices.shape))(codebook, indices)
+
+
+def _lookup(codebook: jax.Array, indices: jax.Array) -> jax.Array:
     take = lambda book, index: jnp.take(book, index, axis=0, mode="clip")  # noqa: E731
     for _ in range(codebook.ndim - 1):
         take = jax.vmap(take)
-    return take(codebook, indices)
+    # XLA's partitioner aborts the process on a sharded gather with narrow unsigned indices.
+    return take(codebook, indices.astype(jnp.int32))
 
 
 @jax.tree_util.register_dataclass
@@ -60,6 +66,10 @@ class CodebookArray(CompressedArray):
     length: int = dataclasses.field(metadata={"static": True})
     dense_dtype: Any = dataclasses.field(metadata={"static": True})
 
+    def __post_init__(self) -> None:
+        # One spelling of each dtype, or equal forms would be compiled twice.
+        object.__setattr__(self, "dense_dtype", jnp.dtype(self.dense_dtype))
+
     @classmethod
     def from_indices(
         cls,
@@ -75,18 +85,17 @@ class CodebookArray(CompressedArray):
             dtype: dtype of the dense array.
 
         Raises:
-            ValueError: a scalar leaf, or more than 65,536 clusters.
+            ValueError: a scalar leaf, more than 65,536 clusters, or a codebook whose leading axes
+                are not those of the indices.
 
         Example:
             >>> CodebookArray.from_indices(jnp.array([1, 0], jnp.uint8), jnp.array([0.0, 0.5]),
             ...                            jnp.float32)
             CodebookArray(shape=(2,), dtype=float32, 2 shared values, 9 bytes)
         """
-        clusters = codebook.shape[-1]
-        if not 1 <= clusters <= MAX_CLUSTERS:
-            raise ValueError(f"a codebook holds 1 to {MAX_CLUSTERS} values, not {clusters}")
-        packed = pack_bits(indices, index_bits(clusters))
-        return cls(packed, codebook, indices.shape[-1], jnp.dtype(dtype))
+        _check_shapes(indices.shape, codebook.shape)
+        packed = pack_bits(indices, index_bits(codebook.shape[-1]))
+        return cls(packed, codebook, indices.shape[-1], dtype)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -101,12 +110,11 @@ class CodebookArray(CompressedArray):
     @property
     def dtype(self) -> np.dtype:
         """Dtype of the dense array."""
-        return jnp.dtype(self.dense_dtype)
+        return self.dense_dtype
 
     def decode(self) -> jax.Array:
         """The dense array, ``codebook[indices]``."""
-        indices = unpack_bits(self.indices, index_bits(self.clusters), self.length)
-        return lookup(self.codebook, indices).astype(self.dense_dtype)
+        return _decode(self)
 
     def form(self) -> str:
         """Such as ``16 shared values``."""
@@ -114,9 +122,10 @@ class CodebookArray(CompressedArray):
 
     def to_parts(self) -> Parts:
         """Take the leaf apart; the indices go to the entropy coder."""
-        indices = np.asarray(unpack_bits(self.indices, index_bits(self.clusters), self.length))
+        bits = index_bits(self.clusters)
+        indices = unpack_bits_host(np.asarray(self.indices), bits, self.length)
         return Parts(
-            {"dtype": jnp.dtype(self.dense_dtype).name},
+            {"dtype": self.dense_dtype.name},
             {"indices": Symbols(indices, self.clusters)},
             {"codebook": np.asarray(self.codebook)},
         )
@@ -124,16 +133,27 @@ class CodebookArray(CompressedArray):
     @classmethod
     def from_parts(cls, parts: Parts) -> "CodebookArray":
         """Put a leaf together again; raises ``ValueError`` for parts that do not fit."""
-        indices, codebook = parts.symbols["indices"].values, parts.arrays["codebook"]
-        batch = codebook.shape[:-1]
-        if codebook.ndim == 0 or not 1 <= codebook.shape[-1] <= MAX_CLUSTERS:
-            raise ValueError(f"not a codebook: shape {codebook.shape}")
-        if indices.ndim <= len(batch) or indices.shape[: len(batch)] != batch:
-            raise ValueError(f"codebook {codebook.shape} does not fit indices {indices.shape}")
-        if not jnp.issubdtype(codebook.dtype, jnp.floating):
-            raise ValueError(f"centroids must be floating, not {codebook.dtype}")
-        if indices.size and int(indices.max()) >= codebook.shape[-1]:
-            raise ValueError(f"an index is beyond the {codebook.shape[-1]} shared values")
-        return cls.from_indices(
-            jnp.asarray(indices), jnp.asarray(codebook), jnp.dtype(parts.static["dtype"])
+        check_names(parts, static={"dtype"}, symbols={"indices"}, arrays={"codebook"})
+        dtype, codebook = read_dtype(parts.static["dtype"]), read_floats(parts, "codebook")
+        clusters = codebook.shape[-1] if codebook.ndim else 0
+        indices = read_symbols(parts, "indices", clusters)
+        _check_shapes(indices.shape, codebook.shape)
+        packed = pack_bits_host(indices, index_bits(clusters))
+        return cls(jnp.asarray(packed), jnp.asarray(codebook), indices.shape[-1], dtype)
+
+
+@jax.jit
+def _decode(leaf: CodebookArray) -> jax.Array:
+    indices = unpack_bits(leaf.indices, index_bits(leaf.clusters), leaf.length)
+    return lookup(leaf.codebook, indices).astype(leaf.dense_dtype)
+
+
+def _check_shapes(indices: tuple[int, ...], codebook: tuple[int, ...]) -> None:
+    if not codebook or not 1 <= codebook[-1] <= MAX_CLUSTERS:
+        raise ValueError(f"a codebook holds 1 to {MAX_CLUSTERS} values, not shape {codebook}")
+    batch = codebook[:-1]
+    if len(indices) <= len(batch) or indices[: len(batch)] != batch:
+        raise ValueError(
+            f"a codebook of shape {codebook} does not fit indices of shape {indices}: its leading "
+            "axes must be theirs, and leave them at least one more"
         )

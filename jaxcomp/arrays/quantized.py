@@ -8,8 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped, UInt
 
-from jaxcomp.arrays.base import CompressedArray, Parts, Symbols
-from jaxcomp.arrays.bits import pack_bits, packed_length, unpack_bits
+from jaxcomp.arrays.base import CompressedArray
+from jaxcomp.arrays.bits import pack_bits_host, unpack_bits, unpack_bits_host
+from jaxcomp.arrays.parts import (
+    Parts,
+    Symbols,
+    check_names,
+    read_array,
+    read_dtype,
+    read_floats,
+    read_int,
+    read_symbols,
+)
+from jaxcomp.sharding import automatic, spec_like
 
 
 def split_groups(x: Shaped[Array, "..."], size: int, axis: int) -> Shaped[Array, "..."]:
@@ -96,6 +107,10 @@ class QuantizedArray(CompressedArray):
     group: tuple[int, int] | None = dataclasses.field(metadata={"static": True})
     dense_dtype: Any = dataclasses.field(metadata={"static": True})
 
+    def __post_init__(self) -> None:
+        # One spelling of each dtype, or equal forms would be compiled twice.
+        object.__setattr__(self, "dense_dtype", jnp.dtype(self.dense_dtype))
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the dense array."""
@@ -104,34 +119,28 @@ class QuantizedArray(CompressedArray):
     @property
     def dtype(self) -> np.dtype:
         """Dtype of the dense array."""
-        return jnp.dtype(self.dense_dtype)
+        return self.dense_dtype
 
     def decode(self) -> jax.Array:
         """The dense array, ``(codes - zero_point) * scale``."""
-        return dequantize(
-            unpack_bits(self.codes, self.bits, self.length),
-            self.scale,
-            self.zero_point,
-            bits=self.bits,
-            group=self.group,
-            dtype=self.dense_dtype,
-        )
+        return _decode(self)
 
     def form(self) -> str:
         """Such as ``int4 symmetric, groups of 32``."""
         kind = "symmetric" if self.zero_point is None else "affine"
         if self.group is not None:
             return f"int{self.bits} {kind}, groups of {self.group[0]}"
-        return f"int{self.bits} {kind}, {self.scale.size} scales"
+        scales = self.scale.size
+        return f"int{self.bits} {kind}, {scales} {'scale' if scales == 1 else 'scales'}"
 
     def to_parts(self) -> Parts:
         """Take the leaf apart; the codes go to the entropy coder."""
         static = {
             "bits": self.bits,
             "group": None if self.group is None else list(self.group),
-            "dtype": jnp.dtype(self.dense_dtype).name,
+            "dtype": self.dense_dtype.name,
         }
-        codes = np.asarray(unpack_bits(self.codes, self.bits, self.length))
+        codes = unpack_bits_host(np.asarray(self.codes), self.bits, self.length)
         arrays = {"scale": np.asarray(self.scale)}
         if self.zero_point is not None:
             arrays["zero_point"] = np.asarray(self.zero_point)
@@ -140,36 +149,65 @@ class QuantizedArray(CompressedArray):
     @classmethod
     def from_parts(cls, parts: Parts) -> "QuantizedArray":
         """Put a leaf together again; raises ``ValueError`` for parts that do not fit."""
-        codes, scale = parts.symbols["codes"].values, parts.arrays["scale"]
-        zero_point = parts.arrays.get("zero_point")
-        bits, group = parts.static["bits"], parts.static["group"]
-        if not isinstance(bits, int) or not 1 <= bits <= 8 or codes.ndim == 0:
-            raise ValueError(f"not a quantized leaf: {bits} bits, {codes.ndim} axes")
-        shape = codes.shape
-        if group is not None:
-            size, axis = (int(n) for n in group)
-            if size < 1 or not -codes.ndim <= axis <= -1 or shape[axis] % size:
-                raise ValueError(f"groups of {size} on axis {axis} do not fit shape {shape}")
-            group = (size, axis)
-            at = codes.ndim + axis
-            shape = (*shape[:at], shape[at] // size, size, *shape[at + 1 :])
+        names = {"bits", "group", "dtype"}
+        check_names(
+            parts, static=names, symbols={"codes"}, arrays={"scale"}, optional={"zero_point"}
+        )
+        bits = read_int(parts.static["bits"], "bits", 1, 8)
+        codes, scale = read_symbols(parts, "codes", 1 << bits), read_floats(parts, "scale")
+        group, shape = _read_group(parts.static["group"], codes.shape)
         fits = scale.ndim == len(shape) and all(
             a in (1, b) for a, b in zip(scale.shape, shape, strict=True)
         )
-        if not fits or (zero_point is not None and zero_point.shape != scale.shape):
+        if not fits:
             raise ValueError(f"scales of shape {scale.shape} do not fit codes of shape {shape}")
-        if not jnp.issubdtype(scale.dtype, jnp.floating):
-            raise ValueError(f"scales must be floating, not {scale.dtype}")
-        if zero_point is not None and zero_point.dtype != np.uint8:
-            raise ValueError(f"zero points must be uint8, not {zero_point.dtype}")
-        packed = pack_bits(jnp.asarray(codes), bits)
-        assert packed.shape[-1] == packed_length(codes.shape[-1], bits)
+        zero_point = parts.arrays.get("zero_point")
+        if zero_point is not None:
+            zero_point = read_array(zero_point, "zero_point")
+            if zero_point.dtype != np.uint8 or zero_point.shape != scale.shape:
+                raise ValueError(
+                    f"zero_point must be uint8 in the shape of scale, {scale.shape}, "
+                    f"not {zero_point.dtype} of shape {zero_point.shape}"
+                )
+            if zero_point.max(initial=0) >> bits:
+                raise ValueError(f"a zero_point is no code of {bits} bits: {zero_point.max()}")
         return cls(
-            codes=packed,
+            codes=jnp.asarray(pack_bits_host(codes, bits)),
             scale=jnp.asarray(scale),
             zero_point=None if zero_point is None else jnp.asarray(zero_point),
             bits=bits,
             length=codes.shape[-1],
             group=group,
-            dense_dtype=jnp.dtype(parts.static["dtype"]),
+            dense_dtype=read_dtype(parts.static["dtype"]),
         )
+
+
+@jax.jit
+def _decode(leaf: QuantizedArray) -> jax.Array:
+    def dense(leaf: QuantizedArray) -> jax.Array:
+        return dequantize(
+            unpack_bits(leaf.codes, leaf.bits, leaf.length),
+            leaf.scale,
+            leaf.zero_point,
+            bits=leaf.bits,
+            group=leaf.group,
+            dtype=leaf.dense_dtype,
+        )
+
+    return automatic(dense, out=spec_like(leaf.codes, leaf.shape))(leaf)
+
+
+def _read_group(
+    group: Any, shape: tuple[int, ...]
+) -> tuple[tuple[int, int] | None, tuple[int, ...]]:
+    """The checked group, and the shape that codes have once they are split into groups."""
+    if group is None:
+        return None, shape
+    if not isinstance(group, list | tuple) or len(group) != 2:
+        raise ValueError(f"group must be null or [size, axis], not {group!r:.60}")
+    axis = read_int(group[1], "the axis of a group", -len(shape), -1)
+    at = len(shape) + axis
+    size = read_int(group[0], "the size of a group", 1, max(shape[at], 1))
+    if shape[at] % size:
+        raise ValueError(f"groups of {size} on axis {axis} do not fit codes of shape {shape}")
+    return (size, axis), (*shape[:at], shape[at] // size, size, *shape[at + 1 :])

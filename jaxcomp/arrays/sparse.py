@@ -1,25 +1,18 @@
 """Sparse leaves: one bit a weight says whether it is kept, and the kept values follow."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from jaxcomp.arrays.base import CompressedArray, Parts, Symbols
-from jaxcomp.arrays.bits import pack_bits, unpack_bits
-
-
-def _scatter(keep: jax.Array, values: jax.Array) -> jax.Array:
-    """Lay ``values`` down where ``keep`` is set, in row-major order."""
-    if values.shape[-1] == 0:
-        return jnp.zeros(keep.shape, values.dtype)
-    order = jnp.cumsum(keep.reshape(-1).astype(jnp.int32)).reshape(keep.shape) - 1
-    taken = jnp.take(values, jnp.maximum(order, 0), axis=0, mode="clip")
-    return jnp.where(keep, taken, jnp.zeros((), values.dtype))
+from jaxcomp.arrays.base import CompressedArray
+from jaxcomp.arrays.bits import pack_bits_host, unpack_bits, unpack_bits_host
+from jaxcomp.arrays.parts import Parts, Symbols, check_names, read_floats, read_symbols
+from jaxcomp.sharding import automatic, spec_like
 
 
 @jax.tree_util.register_dataclass
@@ -66,20 +59,23 @@ class SparseArray(CompressedArray):
             >>> SparseArray.encode(jnp.array([0.0, 2.0, 0.0, 3.0]))
             SparseArray(shape=(4,), dtype=float32, 50.0% sparse, 9 bytes)
         """
-        if x.ndim <= batch_axes:
+        if not 0 <= batch_axes < x.ndim:
             raise ValueError(f"shape {x.shape} has no axis left beside {batch_axes} batch axes")
         dense = np.asarray(x)
-        keep = dense != 0 if mask is None else np.asarray(mask)
+        keep = dense != 0 if mask is None else np.asarray(mask, bool)
+        if keep.shape != dense.shape:
+            raise ValueError(f"a mask of shape {keep.shape} does not fit weights of {dense.shape}")
         if np.any((dense != 0) & ~keep):
             raise ValueError("a weight outside the mask is not zero: multiply by the mask first")
         batch = dense.shape[:batch_axes]
-        rows = dense.reshape(*batch, -1).reshape(int(np.prod(batch, dtype=int)), -1)
-        kept = keep.reshape(rows.shape)
-        values = np.zeros((len(rows), int(kept.sum(axis=1).max(initial=0))), dense.dtype)
-        for row, flags, out in zip(rows, kept, values, strict=True):
+        rows = (math.prod(batch), math.prod(dense.shape[batch_axes:]))
+        dense_rows, keep_rows = dense.reshape(rows), keep.reshape(rows)
+        count = int(keep_rows.sum(axis=1).max(initial=0))
+        values = np.zeros((rows[0], count), dense.dtype)
+        for row, flags, out in zip(dense_rows, keep_rows, values, strict=True):
             out[: flags.sum()] = row[flags]
-        packed = pack_bits(jnp.asarray(keep, jnp.uint8), 1)
-        return cls(packed, jnp.asarray(values.reshape(*batch, -1)), dense.shape[-1])
+        packed = pack_bits_host(keep.view(np.uint8), 1)
+        return cls(jnp.asarray(packed), jnp.asarray(values.reshape(*batch, count)), x.shape[-1])
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -93,34 +89,74 @@ class SparseArray(CompressedArray):
 
     def keep(self) -> Bool[Array, "..."]:
         """The mask, unpacked: True where a weight is kept."""
-        return unpack_bits(self.mask, 1, self.length).astype(bool)
+        return unpack_bits(jnp.asarray(self.mask), 1, self.length).astype(bool)
 
     def decode(self) -> jax.Array:
         """The dense array, zeros where nothing is kept."""
-        scatter = _scatter
-        for _ in range(self.values.ndim - 1):
-            scatter = jax.vmap(scatter)
-        return scatter(self.keep(), self.values)
+        return _decode(self)
 
     def form(self) -> str:
-        """Such as ``90.0% sparse``; without the figure while traced."""
-        if isinstance(self.mask, jax.core.Tracer) or self.size == 0:
+        """Such as ``90.0% sparse``; without the figure where there are no values to count."""
+        try:
+            kept = int(np.bitwise_count(np.asarray(self.mask)).sum(dtype=np.int64))
+            return f"{100 * (1 - kept / self.size):.1f}% sparse"
+        except Exception:
+            # Traced, abstract, donated, on another host, without elements: still a sparse leaf.
             return "sparse"
-        return f"{100 * (1 - np.mean(np.asarray(self.keep()))):.1f}% sparse"
 
     def to_parts(self) -> Parts:
         """Take the leaf apart; the mask goes to the entropy coder."""
-        keep = np.asarray(unpack_bits(self.mask, 1, self.length))
+        keep = unpack_bits_host(np.asarray(self.mask), 1, self.length)
         return Parts({}, {"mask": Symbols(keep, 2)}, {"values": np.asarray(self.values)})
 
     @classmethod
     def from_parts(cls, parts: Parts) -> "SparseArray":
         """Put a leaf together again; raises ``ValueError`` for parts that do not fit."""
-        keep, values = parts.symbols["mask"].values, parts.arrays["values"]
+        check_names(parts, static=frozenset(), symbols={"mask"}, arrays={"values"})
+        keep, values = read_symbols(parts, "mask", 2), read_floats(parts, "values")
         batch = values.shape[:-1]
         if values.ndim == 0 or keep.ndim <= len(batch) or keep.shape[: len(batch)] != batch:
             raise ValueError(f"values of shape {values.shape} do not fit a mask of {keep.shape}")
-        counts = keep.reshape(*batch, -1).sum(axis=-1, dtype=np.int64)
+        counts = keep.sum(axis=tuple(range(len(batch), keep.ndim)), dtype=np.int64)
         if counts.max(initial=0) > values.shape[-1]:
             raise ValueError(f"the mask keeps {counts.max()} values, {values.shape[-1]} are there")
-        return cls(pack_bits(jnp.asarray(keep), 1), jnp.asarray(values), keep.shape[-1])
+        return cls(jnp.asarray(pack_bits_host(keep, 1)), jnp.asarray(values), keep.shape[-1])
+
+
+@jax.jit
+def _decode(leaf: SparseArray) -> jax.Array:
+    def dense(leaf: SparseArray) -> jax.Array:
+        scatter = _scatter
+        for _ in range(leaf.values.ndim - 1):
+            scatter = jax.vmap(scatter)
+        return scatter(
+            leaf.keep(), _ranks(leaf.mask, leaf.values.ndim - 1, leaf.length), leaf.values
+        )
+
+    return automatic(dense, out=spec_like(leaf.mask, leaf.shape))(leaf)
+
+
+def _scatter(keep: jax.Array, ranks: jax.Array, values: jax.Array) -> jax.Array:
+    """Lay ``values`` down where ``keep`` is set, in row-major order."""
+    if values.shape[-1] == 0:
+        return jnp.zeros(keep.shape, values.dtype)
+    taken = jnp.take(values, ranks, axis=0, mode="clip")
+    return jnp.where(keep, taken, jnp.zeros((), values.dtype))
+
+
+def _ranks(mask: jax.Array, batch: int, length: int) -> jax.Array:
+    """How many bits are set before each bit of a packed mask, counted within each batch entry."""
+    # A prefix sum over bytes, not over bits: the scan is the costly part.
+    before = _exclusive_sum(jax.lax.population_count(mask).astype(jnp.int32), mask.ndim - batch)
+    lower = (1 << jnp.arange(8, dtype=jnp.uint8)) - 1
+    within = jax.lax.population_count(mask[..., None] & lower.astype(jnp.uint8))
+    ranks = before[..., None] + within.astype(jnp.int32)
+    return ranks.reshape(*mask.shape[:-1], 8 * mask.shape[-1])[..., :length]
+
+
+def _exclusive_sum(x: jax.Array, axes: int) -> jax.Array:
+    """Sum of what comes before each element in row-major order over the last ``axes`` axes."""
+    inside = jnp.cumsum(x, axis=-1) - x
+    if axes == 1:
+        return inside
+    return inside + _exclusive_sum(jnp.sum(x, axis=-1), axes - 1)[..., None]
