@@ -242,7 +242,7 @@ def _detach(updates: Params, params: Params, learned: dict[str, Any]) -> tuple[P
 
 def _find(opt_state: Any) -> WrappedState:
     """The one compression state inside an optimizer state."""
-    is_ours = lambda leaf: isinstance(leaf, WrappedState)  # noqa: E731
+    is_ours = lambda leaf: isinstance(leaf, WrappedState)
     found = [leaf for leaf in jax.tree.leaves(opt_state, is_leaf=is_ours) if is_ours(leaf)]
     if len(found) != 1:
         raise ValueError(
@@ -263,7 +263,7 @@ def _pure(tree: Any) -> Any:
     nnx = _nnx()
     if nnx is None:
         return tree
-    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
+    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)
     return jax.tree.map(
         lambda leaf: leaf.get_value() if is_variable(leaf) else leaf, tree, is_leaf=is_variable
     )

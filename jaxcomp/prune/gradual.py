@@ -129,14 +129,13 @@ def gradual(
         }
         return tree_lib.replace(params, zeroed)
 
-    def update(params: Params, state: State, grads: Params) -> State:
-        step, removed, kept = state.buffers
-        leaves = _masked_leaves(params, state)
+    @jax.jit
+    def advance(leaves: Any, gradients: Any, buffers: GradualBuffers) -> GradualBuffers:
+        step, removed, kept = buffers
         targets = removal_count(schedule(step), _sizes(leaves, scope))
         targets = jnp.maximum(targets, removed)
         standing = schedule(step) == schedule(step + 1)
         due = jnp.any(targets > removed) & ((step % every == 0) | standing)
-        gradients = None if grads is None else tree_lib.take(grads, leaves)
 
         def renew() -> tuple[Array, dict[str, Array]]:
             keys = {}
@@ -147,8 +146,12 @@ def gradual(
             return targets, _scoped_masks(keys, list(targets), scope)
 
         removed, kept = jax.lax.cond(due, renew, lambda: (removed, kept))
-        step = jnp.asarray(optax.safe_increment(step))
-        return State({}, GradualBuffers(step, removed, kept))
+        return GradualBuffers(jnp.asarray(optax.safe_increment(step)), removed, kept)
+
+    def update(params: Params, state: State, grads: Params) -> State:
+        leaves = _masked_leaves(params, state)
+        gradients = None if grads is None else tree_lib.take(grads, leaves)
+        return State({}, advance(leaves, gradients, state.buffers))
 
     def pack(params: Params, state: State) -> Any:
         zeroed = tree_lib.take(apply(params, state), state.buffers.masks)

@@ -109,17 +109,18 @@ def train(clusters: int, begin: int = 0) -> Compression:
             news[path] = jnp.where(state.buffers.step >= begin, shared, leaf) if begin else shared
         return tree_lib.replace(params, news)
 
-    def update(params: Params, state: State, grads: Params) -> State:
-        del grads
-        step, indices = state.buffers
-        books = state.learned
+    @jax.jit
+    def advance(leaves: Any, books: Any, buffers: ShareBuffers) -> State:
+        step, indices = buffers
         if begin:
-            leaves = _leaves(params, state)
             books, indices = jax.lax.cond(
                 step + 1 == begin, lambda: fit(leaves), lambda: (books, indices)
             )
-        step = jnp.asarray(optax.safe_increment(step))
-        return State(books, ShareBuffers(step, indices))
+        return State(books, ShareBuffers(jnp.asarray(optax.safe_increment(step)), indices))
+
+    def update(params: Params, state: State, grads: Params) -> State:
+        del grads
+        return advance(_leaves(params, state), state.learned, state.buffers)
 
     def pack(params: Params, state: State) -> Any:
         if int(state.buffers.step) < begin:

@@ -1,0 +1,97 @@
+"""The table of methods that every contract test runs through, and small models to run them on."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxcomp import Compression, chain, identity, partition, prune, quantize, share
+from jaxcomp.quantize import Format, PerGroup, PerTensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A method and what is known about it beforehand."""
+
+    name: str
+    make: Callable[[], Compression]
+    learns: bool = False
+    removes: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def pruner(scope: str = "layer", sparsity: float = 0.6) -> Compression:
+    schedule = prune.cubic(sparsity, begin=1, end=4)
+    return prune.gradual(prune.scores.magnitude, schedule, scope=scope, every=1)
+
+
+CASES = [
+    Case("identity", identity),
+    Case("prune-layer", pruner, removes=True),
+    Case("prune-global", lambda: pruner("global"), removes=True),
+    Case("quantize-now", lambda: quantize.train(Format(4))),
+    Case("quantize-later", lambda: quantize.train(Format(8, symmetric=False), begin=3)),
+    Case("quantize-groups", lambda: quantize.train(Format(3, False, PerGroup(2, axis=-2)))),
+    Case("quantize-tensor", lambda: quantize.train(Format(2, granularity=PerTensor()), begin=2)),
+    Case("share-now", lambda: share.train(5), learns=True),
+    Case("share-later", lambda: share.train(8, begin=3), learns=True),
+    Case(
+        "prune-then-quantize",
+        lambda: chain(pruner(), quantize.train(Format(4, symmetric=False), begin=2)),
+        removes=True,
+    ),
+    Case(
+        "prune-then-share",
+        lambda: chain(pruner("global"), share.train(6, begin=3)),
+        learns=True,
+        removes=True,
+    ),
+    Case("share-then-prune", lambda: chain(share.train(6), pruner()), learns=True, removes=True),
+    Case(
+        "partition",
+        lambda: partition(
+            {"*first*": chain(pruner(), share.train(4, begin=2)), "*": quantize.train(Format(5))}
+        ),
+        learns=True,
+    ),
+    Case(
+        "partition-none",
+        lambda: chain(partition({"*first*": None, "*": pruner()}), quantize.train(Format(4))),
+    ),
+]
+
+
+def params(seed: int = 0, dtype: Any = jnp.float32) -> dict[str, Any]:
+    """Weights of a two-layer perceptron, 6 → 8 → 4, nested as Linen nests them."""
+    keys = jax.random.split(jax.random.key(seed), 2)
+    return {
+        "first": {
+            "kernel": jax.random.normal(keys[0], (6, 8), dtype) * 0.4,
+            "bias": jnp.full((8,), 0.1, dtype),
+        },
+        "second": {
+            "kernel": jax.random.normal(keys[1], (8, 4), dtype) * 0.4,
+            "bias": jnp.zeros((4,), dtype),
+        },
+    }
+
+
+def model(weights: Any, x: Any) -> Any:
+    """The perceptron."""
+    hidden = jnp.tanh(x @ weights["first"]["kernel"] + weights["first"]["bias"])
+    return hidden @ weights["second"]["kernel"] + weights["second"]["bias"]
+
+
+def batch(seed: int = 1, size: int = 16) -> tuple[Any, Any]:
+    """Inputs and targets."""
+    keys = jax.random.split(jax.random.key(seed), 2)
+    return jax.random.normal(keys[0], (size, 6)), jax.random.normal(keys[1], (size, 4))
+
+
+def loss(weights: Any, x: Any, y: Any) -> Any:
+    """Mean squared error of the perceptron."""
+    return jnp.mean((model(weights, x) - y) ** 2)
