@@ -1,0 +1,185 @@
+"""Time of an exact pruning mask: our search against sorts, a histogram and the host.
+
+    python benchmarks/threshold.py --size 25000000 --sparsity 0.9
+
+Every row turns the same float32 weights into a mask that removes the smallest magnitudes. The limit
+is the time to move the bytes that must be moved, one read of the weights and one write of the
+mask, at the copy bandwidth measured in the same run.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from rich.console import Console
+from rich.table import Table
+
+from jaxcomp.kernels.threshold import (
+    magnitude_bits,
+    removal_count_exact,
+    smallest_masks,
+    sortable_bits,
+)
+
+
+def ours(weights, count):
+    return smallest_masks([weights], count, key=magnitude_bits)[0]
+
+
+def ours_from_keys(weights, count):
+    return smallest_masks([sortable_bits(jnp.abs(weights))], count)[0]
+
+
+def histogram(weights, count):
+    """Two passes of scatter-added counts, 16 bits each; ties at the threshold are all kept."""
+    keys = magnitude_bits(weights)
+    one = jnp.uint32(1)
+    high = jnp.cumsum(jnp.zeros(2**16, jnp.uint32).at[keys >> 16].add(one))
+    top = jnp.searchsorted(high, count, side="right").astype(jnp.uint32)
+    below = jnp.where(top > 0, high[top - 1], 0)
+    inside = keys ^ (top << 16)  # Other keys land beyond the bins and are dropped.
+    low = jnp.cumsum(jnp.zeros(2**16, jnp.uint32).at[inside].add(one, mode="drop"))
+    bottom = jnp.searchsorted(low, count - below, side="right").astype(jnp.uint32)
+    return keys >= (top << 16 | bottom)
+
+
+def sort(weights, count):
+    magnitudes = jnp.abs(weights)
+    return magnitudes >= jnp.sort(magnitudes.reshape(-1))[count]
+
+
+def top_k(weights, count):
+    magnitudes = jnp.abs(weights)
+    kept, _ = lax.top_k(magnitudes.reshape(-1), weights.size - count)
+    return magnitudes >= kept[-1]
+
+
+def argsort(weights, count):
+    order = jnp.argsort(jnp.abs(weights).reshape(-1))
+    mask = jnp.ones(weights.size, bool).at[order[:count]].set(False)
+    return mask.reshape(weights.shape)
+
+
+def numpy_partition(weights, count):
+    magnitudes = np.abs(weights)
+    return magnitudes >= np.partition(magnitudes.reshape(-1), count)[count]
+
+
+def mask_only(weights, threshold):
+    return magnitude_bits(weights) >= threshold
+
+
+def seconds(function: Callable[..., Any], *args: Any, repeats: int) -> float:
+    """Median time of a call; the first, which compiles, is not counted."""
+    jax.block_until_ready(function(*args))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(function(*args))
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def copy_bandwidth(repeats: int) -> float:
+    """Bytes read and written a second by a copy between warm 200 MB buffers."""
+    source, target = np.ones(50_000_000, np.float32), np.zeros(50_000_000, np.float32)
+    return 2 * source.nbytes / seconds(np.copyto, target, source, repeats=repeats)
+
+
+def cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            lines = [line for line in file if line.startswith("model name")]
+        return lines[0].split(":")[1].strip()
+    except (OSError, IndexError):
+        return platform.processor() or platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--size", type=int, default=25_000_000, help="number of weights")
+    parser.add_argument("--sparsity", type=float, default=0.9, help="fraction removed")
+    parser.add_argument("--repeats", type=int, default=11, help="timed calls of the fast rows")
+    parser.add_argument("--slow-repeats", type=int, default=3, help="timed calls of the sorts")
+    options = parser.parse_args()
+
+    rows = max(1, int(options.size**0.5))
+    shape = (rows, options.size // rows)
+    size = shape[0] * shape[1]
+    count = removal_count_exact(options.sparsity, size)
+    device_count = jnp.uint32(count)
+    gaussian = jax.random.normal(jax.random.key(0), shape, jnp.float32)
+    zeros = jnp.where(jax.random.uniform(jax.random.key(1), shape) < 0.8, 0, gaussian)
+    constant = jnp.full(shape, 0.5, jnp.float32)
+    host = np.asarray(gaussian)
+
+    bandwidth = copy_bandwidth(options.repeats)
+    limit = (gaussian.nbytes + size) / bandwidth
+    fast, slow = options.repeats, options.slow_repeats
+    threshold = jnp.max(jnp.where(jax.jit(ours)(gaussian, device_count), 0, jnp.abs(gaussian)))
+    cases = [
+        ("jaxcomp, gaussian", jax.jit(ours), gaussian, device_count, fast),
+        ("jaxcomp, 80% zeros", jax.jit(ours), zeros, device_count, fast),
+        ("jaxcomp, cut within the zeros", jax.jit(ours), zeros, device_count // 2, fast),
+        ("jaxcomp, constant", jax.jit(ours), constant, device_count, fast),
+        ("jaxcomp, stored keys", jax.jit(ours_from_keys), gaussian, device_count, fast),
+        (
+            "  of which writing the mask",
+            jax.jit(mask_only),
+            gaussian,
+            magnitude_bits(threshold),
+            fast,
+        ),
+        ("radix histogram", jax.jit(histogram), gaussian, device_count, fast),
+        ("numpy.partition on the host", numpy_partition, host, count, slow),
+        ("lax.top_k", jax.jit(top_k, static_argnums=1), gaussian, count, slow),
+        ("jnp.sort", jax.jit(sort), gaussian, device_count, slow),
+        ("jnp.argsort", jax.jit(argsort, static_argnums=1), gaussian, count, slow),
+    ]
+
+    load = os.getloadavg()[0]
+    table = Table(title=f"Exact mask of {size:,} float32 weights, sparsity {options.sparsity}")
+    table.add_column("how", no_wrap=True)
+    for heading in ("median ms", "x of jaxcomp", "x of limit", "scratch MB", "removed - asked"):
+        table.add_column(heading, justify="right")
+    base = 0.0
+    for name, function, weights, argument, repeats in cases:
+        taken = seconds(function, weights, argument, repeats=repeats)
+        base = base or taken
+        scratch = excess = "-"
+        if isinstance(weights, jax.Array):
+            compiled = function.lower(weights, argument).compile()
+            scratch = f"{compiled.memory_analysis().temp_size_in_bytes / 1e6:.0f}"
+        if not name.startswith(" "):
+            mask = np.asarray(function(weights, argument))
+            excess = f"{mask.size - int(mask.sum()) - int(argument):+d}"
+        table.add_row(
+            name,
+            f"{1000 * taken:,.1f}",
+            f"{taken / base:.2f}",
+            f"{taken / limit:.1f}",
+            scratch,
+            excess,
+        )
+    table.add_row("limit: bytes / bandwidth", f"{1000 * limit:,.1f}", f"{limit / base:.2f}", "1.0")
+    console = Console(width=110)
+    console.print(table)
+    console.print(
+        f"{cpu_model()}, {os.cpu_count()} cores, load {load:.1f} before and "
+        f"{os.getloadavg()[0]:.1f} after; copy bandwidth {bandwidth / 1e9:.1f} GB/s; "
+        f"backend {jax.default_backend()}; Python {platform.python_version()}, "
+        f"jax {jax.__version__}, numpy {np.__version__}; "
+        f"medians of {fast} calls, {slow} for the host and the sorts."
+    )
+
+
+if __name__ == "__main__":
+    main()
