@@ -1,5 +1,6 @@
 """jaxcomp: smaller and faster neural networks, as pure functions on parameter pytrees."""
 
+from jaxcomp import checkpoint, distill, prune, quantize, share
 from jaxcomp.arrays import (
     CodebookArray,
     CompressedArray,
@@ -8,12 +9,14 @@ from jaxcomp.arrays import (
     decode,
     nbytes,
 )
+from jaxcomp.checkpoint import CheckpointError, inspect, load, save
 from jaxcomp.compression import Compression, State, chain, identity, partition
 from jaxcomp.optimizer import compressed, pack, wrap_optimizer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckpointError",
     "CodebookArray",
     "CompressedArray",
     "Compression",
@@ -21,11 +24,19 @@ __all__ = [
     "SparseArray",
     "State",
     "chain",
+    "checkpoint",
     "compressed",
     "decode",
+    "distill",
     "identity",
+    "inspect",
+    "load",
     "nbytes",
     "pack",
     "partition",
+    "prune",
+    "quantize",
+    "save",
+    "share",
     "wrap_optimizer",
 ]
