@@ -103,6 +103,41 @@ def cpu_model() -> str:
         return platform.processor() or platform.machine()
 
 
+def cases(shape: tuple[int, int], count: int, fast: int, slow: int) -> list[tuple]:
+    """Rows of (name, function, weights, its second argument, repeats); ours comes first."""
+    gaussian = jax.random.normal(jax.random.key(0), shape, jnp.float32)
+    zeros = jnp.where(jax.random.uniform(jax.random.key(1), shape) < 0.8, 0, gaussian)
+    constant = jnp.full(shape, 0.5, jnp.float32)
+    asked, ours_jitted = jnp.uint32(count), jax.jit(ours)
+    removed = jnp.where(ours_jitted(gaussian, asked), 0, gaussian)
+    threshold = jnp.max(magnitude_bits(removed))
+    return [
+        ("jaxcomp, gaussian", ours_jitted, gaussian, asked, fast),
+        ("jaxcomp, 80% zeros", ours_jitted, zeros, asked, fast),
+        ("jaxcomp, cut within the zeros", ours_jitted, zeros, asked // 2, fast),
+        ("jaxcomp, constant", ours_jitted, constant, asked, fast),
+        ("jaxcomp, stored keys", jax.jit(ours_from_keys), gaussian, asked, fast),
+        ("  of which writing the mask", jax.jit(mask_only), gaussian, threshold, fast),
+        ("radix histogram", jax.jit(histogram), gaussian, asked, fast),
+        ("numpy.partition on the host", numpy_partition, np.asarray(gaussian), count, slow),
+        ("lax.top_k", jax.jit(top_k, static_argnums=1), gaussian, count, slow),
+        ("jnp.sort", jax.jit(sort), gaussian, asked, slow),
+        ("jnp.argsort", jax.jit(argsort, static_argnums=1), gaussian, count, slow),
+    ]
+
+
+def measured(function, weights, argument, repeats, is_mask) -> tuple[float, str, str]:
+    """Median seconds, scratch memory and the excess of removed weights, the latter as text."""
+    scratch = excess = "-"
+    if isinstance(weights, jax.Array):
+        memory = function.lower(weights, argument).compile().memory_analysis()
+        scratch = f"{memory.temp_size_in_bytes / 1e6:.0f}"
+    if is_mask:
+        mask = np.asarray(function(weights, argument))
+        excess = f"{mask.size - int(mask.sum()) - int(argument):+d}"
+    return seconds(function, weights, argument, repeats=repeats), scratch, excess
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--size", type=int, default=25_000_000, help="number of weights")
@@ -115,61 +150,24 @@ def main() -> None:
     shape = (rows, options.size // rows)
     size = shape[0] * shape[1]
     count = removal_count_exact(options.sparsity, size)
-    device_count = jnp.uint32(count)
-    gaussian = jax.random.normal(jax.random.key(0), shape, jnp.float32)
-    zeros = jnp.where(jax.random.uniform(jax.random.key(1), shape) < 0.8, 0, gaussian)
-    constant = jnp.full(shape, 0.5, jnp.float32)
-    host = np.asarray(gaussian)
-
-    bandwidth = copy_bandwidth(options.repeats)
-    limit = (gaussian.nbytes + size) / bandwidth
-    fast, slow = options.repeats, options.slow_repeats
-    threshold = jnp.max(jnp.where(jax.jit(ours)(gaussian, device_count), 0, jnp.abs(gaussian)))
-    cases = [
-        ("jaxcomp, gaussian", jax.jit(ours), gaussian, device_count, fast),
-        ("jaxcomp, 80% zeros", jax.jit(ours), zeros, device_count, fast),
-        ("jaxcomp, cut within the zeros", jax.jit(ours), zeros, device_count // 2, fast),
-        ("jaxcomp, constant", jax.jit(ours), constant, device_count, fast),
-        ("jaxcomp, stored keys", jax.jit(ours_from_keys), gaussian, device_count, fast),
-        (
-            "  of which writing the mask",
-            jax.jit(mask_only),
-            gaussian,
-            magnitude_bits(threshold),
-            fast,
-        ),
-        ("radix histogram", jax.jit(histogram), gaussian, device_count, fast),
-        ("numpy.partition on the host", numpy_partition, host, count, slow),
-        ("lax.top_k", jax.jit(top_k, static_argnums=1), gaussian, count, slow),
-        ("jnp.sort", jax.jit(sort), gaussian, device_count, slow),
-        ("jnp.argsort", jax.jit(argsort, static_argnums=1), gaussian, count, slow),
-    ]
-
     load = os.getloadavg()[0]
+    bandwidth = copy_bandwidth(options.repeats)
+    limit = 5 * size / bandwidth  # Four bytes of weight in, one byte of mask out.
+
     table = Table(title=f"Exact mask of {size:,} float32 weights, sparsity {options.sparsity}")
     table.add_column("how", no_wrap=True)
     for heading in ("median ms", "x of jaxcomp", "x of limit", "scratch MB", "removed - asked"):
         table.add_column(heading, justify="right")
-    base = 0.0
-    for name, function, weights, argument, repeats in cases:
-        taken = seconds(function, weights, argument, repeats=repeats)
+    base = None
+    for name, function, weights, argument, repeats in cases(
+        shape, count, options.repeats, options.slow_repeats
+    ):
+        is_mask = not name.startswith(" ")
+        taken, scratch, excess = measured(function, weights, argument, repeats, is_mask)
         base = base or taken
-        scratch = excess = "-"
-        if isinstance(weights, jax.Array):
-            compiled = function.lower(weights, argument).compile()
-            scratch = f"{compiled.memory_analysis().temp_size_in_bytes / 1e6:.0f}"
-        if not name.startswith(" "):
-            mask = np.asarray(function(weights, argument))
-            excess = f"{mask.size - int(mask.sum()) - int(argument):+d}"
-        table.add_row(
-            name,
-            f"{1000 * taken:,.1f}",
-            f"{taken / base:.2f}",
-            f"{taken / limit:.1f}",
-            scratch,
-            excess,
-        )
-    table.add_row("limit: bytes / bandwidth", f"{1000 * limit:,.1f}", f"{limit / base:.2f}", "1.0")
+        ratios = f"{taken / base:.2f}", f"{taken / limit:.1f}"
+        table.add_row(name, f"{1000 * taken:,.1f}", *ratios, scratch, excess)
+    table.add_row("limit: bytes / bandwidth", f"{1000 * limit:,.1f}", "", "1.0")
     console = Console(width=110)
     console.print(table)
     console.print(
@@ -177,7 +175,7 @@ def main() -> None:
         f"{os.getloadavg()[0]:.1f} after; copy bandwidth {bandwidth / 1e9:.1f} GB/s; "
         f"backend {jax.default_backend()}; Python {platform.python_version()}, "
         f"jax {jax.__version__}, numpy {np.__version__}; "
-        f"medians of {fast} calls, {slow} for the host and the sorts."
+        f"medians of {options.repeats} calls, {options.slow_repeats} for the host and the sorts."
     )
 
 

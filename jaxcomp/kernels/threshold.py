@@ -182,7 +182,7 @@ def smallest_masks(
     Args:
         keys: uint32 arrays of any shapes; with ``key``, arrays of any dtype.
         count: how many entries to drop, an integer scalar; may be traced, and is then clipped to
-            the number of entries.
+            [0, number of entries].
         key: an element-wise function from an array to its uint32 keys, such as
             :func:`magnitude_bits`. It is computed anew in every pass instead of stored, which
             saves the memory, and most of the time, that an array of keys costs.
@@ -211,7 +211,9 @@ def smallest_masks(
                 "for floats pass key=sortable_bits"
             )
     total = sum(array.size for array in arrays)
-    if not isinstance(count, Tracer) and not 0 <= int(count) <= total:
+    if isinstance(count, Tracer):
+        count = jnp.maximum(count, 0)
+    elif not 0 <= int(count) <= total:
         raise ValueError(f"count is {count}, but there are {total} entries to drop from")
     return _masks(lax.stop_gradient(arrays), jnp.asarray(count, jnp.uint32), key or _itself)
 

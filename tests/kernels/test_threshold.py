@@ -355,8 +355,9 @@ def test_no_recompilation_when_the_count_changes():
 
 def test_traced_count_is_clipped_to_the_entries():
     x = jnp.arange(6, dtype=jnp.uint32)
-    (mask,) = jax.jit(lambda c: smallest_masks([x], c))(jnp.uint32(99))
-    assert not mask.any()
+    masks = jax.jit(lambda c: smallest_masks([x], c)[0])
+    assert not masks(jnp.uint32(99)).any()
+    assert masks(jnp.int32(-1)).all()
 
 
 @pytest.mark.parametrize("axes", [(0, 0), (0, None), (None, 0)])
