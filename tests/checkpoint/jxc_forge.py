@@ -1,0 +1,203 @@
+"""Helpers: random trees, exact comparison, and files whose checksums are right but content lies."""
+
+import os
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import strategies as st
+
+from jaxcomp.arrays import (
+    CodebookArray,
+    CompressedArray,
+    Parts,
+    QuantizedArray,
+    SparseArray,
+    Symbols,
+)
+from jaxcomp.checkpoint import container, loading, raw
+from jaxcomp.checkpoint.manifest import dumps, loads
+
+SUB_BYTE = {"bool": 1, "int2": 2, "uint2": 2, "int4": 4, "uint4": 4, "float4_e2m1fn": 4}
+
+
+def random_bits(rng: np.random.Generator, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Every bit pattern that the dtype has, NaNs with payloads included."""
+    codes = rng.integers(0, 256, (*shape, jnp.dtype(dtype).itemsize), dtype=np.uint8)
+    if dtype in SUB_BYTE:
+        codes &= np.uint8((1 << SUB_BYTE[dtype]) - 1)
+    return np.ascontiguousarray(codes).view(jnp.dtype(dtype)).reshape(shape)
+
+
+def quantized(rng: np.random.Generator, shape=(6, 5), bits=4, group=None) -> QuantizedArray:
+    codes = np.clip(rng.normal(1 << (bits - 1), 1 << (bits - 2), shape), 0, (1 << bits) - 1)
+    scales = [1] * len(shape)
+    if group is not None:
+        scales[-1:] = [shape[-1] // group, 1]
+    return QuantizedArray.from_parts(
+        Parts(
+            {"bits": bits, "group": None if group is None else [group, -1], "dtype": "float32"},
+            {"codes": Symbols(codes.astype(np.uint8), 1 << bits)},
+            {"scale": rng.uniform(0.5, 1, scales).astype(np.float32)},
+        )
+    )
+
+
+def codebook(rng: np.random.Generator, shape=(6, 5), clusters=5, dtype="float32") -> CodebookArray:
+    return CodebookArray.from_parts(
+        Parts(
+            {"dtype": dtype},
+            {"indices": Symbols(rng.integers(0, clusters, shape), clusters)},
+            {"codebook": rng.normal(size=clusters).astype(jnp.dtype(dtype))},
+        )
+    )
+
+
+def sparse(rng: np.random.Generator, shape=(6, 5), density=0.2) -> SparseArray:
+    keep = rng.random(shape) < density
+    values = rng.normal(size=int(keep.sum())).astype(np.float32)
+    mask = Symbols(keep.astype(np.uint8), 2)
+    return SparseArray.from_parts(Parts({}, {"mask": mask}, {"values": values}))
+
+
+class Recipe(NamedTuple):
+    """A leaf that is not made yet: JAX is not to run while hypothesis draws."""
+
+    kind: str
+    seed: int
+    shape: tuple[int, ...]
+    dtype: str
+    bits: int
+    on_device: bool
+
+
+def grow(tree: Any) -> Any:
+    """Replace recipes by leaves."""
+    if isinstance(tree, Recipe):
+        return _leaf(tree)
+    if isinstance(tree, dict):
+        return {key: grow(child) for key, child in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(map(grow, tree))
+    return tree
+
+
+def _leaf(recipe: Recipe) -> Any:
+    rng, shape = np.random.default_rng(recipe.seed), recipe.shape
+    if recipe.kind == "quantized":
+        return quantized(rng, (*shape, 4), recipe.bits, 2 if recipe.on_device else None)
+    if recipe.kind == "codebook":
+        return codebook(rng, (*shape, 3), rng.integers(1, 1 << recipe.bits, endpoint=True).item())
+    if recipe.kind == "sparse":
+        return sparse(rng, (*shape, 7))
+    array = random_bits(rng, recipe.dtype, shape)
+    return jnp.asarray(array) if raw.in_jax(recipe.dtype) and recipe.on_device else array
+
+
+def recipes(kinds: tuple[str, ...] = ("array", "array", "quantized", "codebook", "sparse")):
+    return st.builds(
+        Recipe,
+        st.sampled_from(kinds),
+        st.integers(0, 2**32),
+        st.lists(st.sampled_from([0, 1, 2, 3, 17]), max_size=3).map(tuple),
+        st.sampled_from(raw.DTYPES),
+        st.integers(2, 8),
+        st.booleans(),
+    )
+
+
+def scalars():
+    floats = st.floats(allow_nan=True, allow_infinity=True)
+    return st.one_of(st.none(), st.booleans(), st.integers(), floats, st.text())
+
+
+def trees():
+    """Trees of recipes."""
+    keys = st.one_of(
+        st.text(max_size=5), st.sampled_from(["kernel", "a/b", "a.b", "", "é", "list"])
+    )
+    return st.recursive(
+        st.one_of(recipes(), scalars()),
+        lambda children: st.one_of(
+            st.dictionaries(keys, children, max_size=4),
+            st.dictionaries(st.one_of(keys, st.integers()), children, max_size=3),
+            st.lists(children, max_size=3),
+            st.lists(children, max_size=3).map(tuple),
+        ),
+        max_leaves=8,
+    )
+
+
+def assert_same(a: Any, b: Any) -> None:
+    """Same structure, same types, same bits."""
+    if isinstance(a, dict):
+        assert type(b) is dict
+        assert list(a) == list(b)
+        assert [type(key) for key in a] == [type(key) for key in b]
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert type(a) is type(b)
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    elif isinstance(a, CompressedArray):
+        assert type(a) is type(b)
+        assert jax.tree.structure(a) == jax.tree.structure(b)
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+            assert_same_bits(x, y)
+    elif isinstance(a, jax.Array | np.ndarray | np.generic):
+        assert isinstance(b, jax.Array if raw.in_jax(a.dtype.name) else np.ndarray)
+        assert_same_bits(a, b)
+    elif isinstance(a, float):
+        assert type(b) is float
+        assert np.float64(a).tobytes() == np.float64(b).tobytes()
+    else:
+        assert type(a) is type(b)
+        assert a == b
+
+
+def assert_same_bits(a: Any, b: Any) -> None:
+    a, b = np.asarray(a), np.asarray(b)
+    assert a.dtype == b.dtype
+    assert a.shape == b.shape
+    assert a.tobytes() == b.tobytes()
+
+
+class Forged(NamedTuple):
+    """A file taken apart, to be changed and sealed again."""
+
+    manifest: Any
+    parts: list[bytes]
+    tensors: dict[str, np.ndarray]
+
+
+def take_apart(path: str | os.PathLike) -> Forged:
+    plan = loading.make_plan(path, None)
+    parts, offset = [], 0
+    for spec, _ in plan.leaves:
+        for name, part in spec.parts():
+            data = bytes(plan.container.body[offset : offset + part.part_bytes])
+            if isinstance(part, loading.ArraySpec) and part.where == "tensor":
+                data = bytes(plan.container.tensors[loading.tensor_name(spec.path, name)].data)
+                parts.append(container.checksum(data))
+                offset += 4
+            else:
+                parts.append(data + container.checksum(data))
+                offset += len(parts[-1])
+    tensors = {
+        name: np.frombuffer(t.data, jnp.dtype(t.dtype)).reshape(t.shape)
+        for name, t in plan.container.tensors.items()
+    }
+    return Forged(loads(plan.container.manifest), parts, tensors)
+
+
+def seal(manifest: Any, parts: list[bytes], tensors: dict[str, np.ndarray] | None = None) -> bytes:
+    """The bytes of a file with this manifest (JSON values, or text) and these sealed parts."""
+    text = manifest if isinstance(manifest, str) else dumps(manifest)
+    return b"".join(container.build(text, b"".join(parts), tensors or {}))
+
+
+def sealed(data: bytes) -> bytes:
+    return data + container.checksum(data)
