@@ -19,7 +19,7 @@ import optax
 from flax import struct
 
 from jaxcomp import tree as tree_lib
-from jaxcomp.compression import Compression, Params, State
+from jaxcomp.compression import Compression, Params, State, keep
 
 
 class Trained(NamedTuple):
@@ -50,7 +50,7 @@ class WrappedState:
 
 
 def wrap_optimizer(
-    tx: optax.GradientTransformation, method: Compression
+    tx: optax.GradientTransformation | optax.MultiSteps, method: Compression
 ) -> optax.GradientTransformationExtraArgs:
     """Train weights, and what a compression method learns about them, with one optimizer.
 
@@ -83,18 +83,20 @@ def wrap_optimizer(
         raise TypeError(f"tx must be an optax transformation such as optax.adam(1e-3), not {tx!r}")
     if not isinstance(method, Compression):
         raise TypeError(f"{method!r} is not a Compression: call the function that makes one")
-    tx = optax.with_extra_args_support(tx)
+    inner_tx = optax.with_extra_args_support(tx)  # type: ignore[arg-type]
 
     def init(params: Params) -> WrappedState:
         state = method.init(_pure(params))
-        return WrappedState(tx.init(_attach(params, state.learned)), state, method)
+        return WrappedState(inner_tx.init(_attach(params, state.learned)), state, method)
 
     def update(grads: Params, state: WrappedState, params: Params | None = None, **extra: Any):
         if params is None:
             raise ValueError("wrap_optimizer needs the weights: tx.update(grads, state, params)")
         old = state.compression
+        # A gradient may come in another precision than the weights that it belongs to.
+        grads = jax.tree.map(lambda g, w: jnp.asarray(g).astype(w.dtype), grads, params)
         grads_in, grads_learned = _pull_back(method, params, old, grads)
-        updates, inner = tx.update(
+        updates, inner = inner_tx.update(
             _attach(grads_in, grads_learned), state.inner, _attach(params, old.learned), **extra
         )
         updates, learned_updates = _detach(updates, params, old.learned)
@@ -138,6 +140,8 @@ def compressed(params: Params, opt_state: Any, *, projected: bool = True) -> Par
         apply = state.method.apply_projected
 
     def effective(weights: Params) -> Params:
+        if apply is keep:
+            return weights
         stopped = jax.tree.map(jax.lax.stop_gradient, weights)
         seen = tree_lib.flatten(apply(stopped, state.compression))
         stored, before = tree_lib.flatten(weights), tree_lib.flatten(stopped)
@@ -199,10 +203,8 @@ def _pull_back(
     def effective(weights: Params, learned: dict[str, Any]) -> Params:
         return method.apply(weights, State(learned, state.buffers))
 
-    seen, pull = jax.vjp(effective, params, state.learned)
-    # A gradient may come in another precision than the weights that it belongs to.
-    cotangents = jax.tree.map(lambda g, w: jnp.asarray(g).astype(w.dtype), grads, seen)
-    return pull(cotangents)
+    _, pull = jax.vjp(effective, params, state.learned)
+    return pull(grads)
 
 
 def _write_zeros(method: Compression, params: Params, updates: Params, state: State) -> Params:
