@@ -1,6 +1,7 @@
 """What every compressed leaf is: a pytree node that knows its dense shape and how to decode."""
 
 import abc
+import math
 from typing import Any
 
 import jax
@@ -58,12 +59,12 @@ class CompressedArray(meta.AxisMetadata):
     @property
     def size(self) -> int:
         """Number of elements of the dense array."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
         """Bytes that the fields occupy, packed as they are."""
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
     def __getitem__(self, index: Any) -> jax.Array:
         return self.decode()[index]
@@ -156,5 +157,5 @@ def nbytes(tree: Any) -> int:
     total = 0
     for leaf in jax.tree.leaves(tree):
         array = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
-        total += int(np.prod(array.shape, dtype=np.int64)) * array.dtype.itemsize
+        total += math.prod(array.shape) * array.dtype.itemsize
     return total

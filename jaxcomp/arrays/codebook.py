@@ -39,7 +39,7 @@ def lookup(
 
 
 def _lookup(codebook: jax.Array, indices: jax.Array) -> jax.Array:
-    take = lambda book, index: jnp.take(book, index, axis=0, mode="clip")  # noqa: E731
+    take = lambda book, index: jnp.take(book, index, axis=0, mode="clip")
     for _ in range(codebook.ndim - 1):
         take = jax.vmap(take)
     # XLA's partitioner aborts the process on a sharded gather with narrow unsigned indices.

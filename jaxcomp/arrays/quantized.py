@@ -1,6 +1,7 @@
 """Uniformly quantized leaves: packed codes, scales and, if affine, zero points."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -62,7 +63,7 @@ def dequantize(
         zero_point: the code of zero, shaped like ``scale``; None for a symmetric format.
         bits: bits per code.
         group: ``(size, negative axis)`` of groups that share a scale, or None.
-        dtype: dtype of the result; the product itself is taken in the scale's dtype.
+        dtype: dtype of the result; the product is taken in float32 and rounded once.
 
     Returns:
         Dense weights of the shape of ``codes``.
@@ -75,7 +76,9 @@ def dequantize(
     if group is not None:
         codes = split_groups(codes, *group)
     offset = 1 << (bits - 1) if zero_point is None else zero_point.astype(jnp.int32)
-    values = (codes.astype(jnp.int32) - offset).astype(scale.dtype) * scale
+    # In a narrower dtype XLA may or may not round the product, as it happens to fuse.
+    wide = jnp.promote_types(scale.dtype, jnp.float32)
+    values = (codes.astype(jnp.int32) - offset).astype(wide) * scale.astype(wide)
     if group is not None:
         values = merge_groups(values, group[1])
     return values.astype(dtype)
@@ -130,7 +133,7 @@ class QuantizedArray(CompressedArray):
         kind = "symmetric" if self.zero_point is None else "affine"
         if self.group is not None:
             return f"int{self.bits} {kind}, groups of {self.group[0]}"
-        scales = self.scale.size
+        scales = math.prod(self.scale.shape)
         return f"int{self.bits} {kind}, {scales} {'scale' if scales == 1 else 'scales'}"
 
     def to_parts(self) -> Parts:
@@ -207,7 +210,7 @@ def _read_group(
         raise ValueError(f"group must be null or [size, axis], not {group!r:.60}")
     axis = read_int(group[1], "the axis of a group", -len(shape), -1)
     at = len(shape) + axis
-    size = read_int(group[0], "the size of a group", 1, max(shape[at], 1))
+    size = read_int(group[0], "the size of a group", 1, 1 << 31)
     if shape[at] % size:
         raise ValueError(f"groups of {size} on axis {axis} do not fit codes of shape {shape}")
     return (size, axis), (*shape[:at], shape[at] // size, size, *shape[at + 1 :])

@@ -1,0 +1,150 @@
+"""Compressed leaves of every form, and what they must decode to, written without the package."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcomp.arrays import CodebookArray, QuantizedArray, SparseArray
+from jaxcomp.arrays.codebook import index_bits
+
+
+def pack_reference(codes, bits):
+    """One Python string of bits a row, least significant bit first."""
+    rows = np.asarray(codes).reshape(math.prod(codes.shape[:-1]), codes.shape[-1])
+    packed = []
+    for row in rows:
+        text = "".join(format(int(code), f"0{bits}b")[::-1] for code in row)
+        text += "0" * (-len(text) % 8)
+        packed.append([int(text[i : i + 8][::-1], 2) for i in range(0, len(text), 8)])
+    width = (codes.shape[-1] * bits + 7) // 8
+    return np.array(packed, np.uint8).reshape(*codes.shape[:-1], width)
+
+
+def unpack_reference(packed, bits, length):
+    flat = np.unpackbits(np.asarray(packed), axis=-1, bitorder="little")[..., : length * bits]
+    weights = 1 << np.arange(bits)
+    return (flat.reshape(*flat.shape[:-1], length, bits) * weights).sum(-1)
+
+
+def reference(leaf):
+    """The dense array as NumPy computes it from the fields, in the leaf's dtype."""
+    if isinstance(leaf, SparseArray):
+        keep = unpack_reference(leaf.mask, 1, leaf.length).astype(bool)
+        values = np.asarray(leaf.values)
+        dense = np.zeros(keep.shape, values.dtype)
+        for at in np.ndindex(*values.shape[:-1]):
+            dense[at][keep[at]] = values[at][: keep[at].sum()]
+        return dense
+    if isinstance(leaf, CodebookArray):
+        book = np.asarray(leaf.codebook)
+        indices = unpack_reference(leaf.indices, index_bits(book.shape[-1]), leaf.length)
+        dense = np.empty(indices.shape, book.dtype)
+        for at in np.ndindex(*book.shape[:-1]):
+            dense[at] = book[at][indices[at]]
+        return dense.astype(leaf.dtype)
+    codes = unpack_reference(leaf.codes, leaf.bits, leaf.length).astype(np.float64)
+    scale = np.asarray(leaf.scale)
+    if leaf.zero_point is None:
+        zero = np.float64(1 << (leaf.bits - 1))
+    else:
+        zero = np.asarray(leaf.zero_point, np.float64)
+    shape = codes.shape
+    if leaf.group is not None:
+        size, axis = leaf.group
+        at = codes.ndim + axis
+        codes = codes.reshape(*shape[:at], shape[at] // size, size, *shape[at + 1 :])
+    # A code has 8 bits at most, so the float64 product is exact: the one rounding is to float32.
+    product = ((codes - zero) * scale.astype(np.float64)).astype(np.float32)
+    return product.reshape(shape).astype(leaf.dtype)
+
+
+def quantized(
+    x, bits=4, group=None, affine=False, batch_axes=0, per_channel=True, scale_dtype="float32"
+):
+    """Round to nearest on a grid per last-axis channel (or group, or batch entry)."""
+    x = np.asarray(x)
+    wide = x.astype(np.float64)
+    if group is not None:
+        size, axis = group
+        at = x.ndim + axis
+        wide = wide.reshape(*x.shape[:at], x.shape[at] // size, size, *x.shape[at + 1 :])
+        reduced = (at + 1,)
+    elif per_channel and x.ndim > batch_axes + 1:
+        reduced = tuple(range(batch_axes, x.ndim - 1))
+    else:
+        reduced = tuple(range(batch_axes, x.ndim))
+    low = np.minimum(wide.min(reduced, keepdims=True, initial=0), -1e-6)
+    high = np.maximum(wide.max(reduced, keepdims=True, initial=0), 1e-6)
+    top = (1 << bits) - 1
+    if affine:
+        scale = (high - low) / top
+        zero = np.clip(np.round(-low / scale), 0, top)
+    else:
+        scale = np.maximum(-low, high) / max(top // 2, 1)
+        zero = np.float64(1 << (bits - 1))
+    codes = np.clip(np.round(wide / scale) + zero, 0, top).astype(np.uint8).reshape(x.shape)
+    return QuantizedArray(
+        codes=jnp.asarray(pack_reference(codes, bits)),
+        scale=jnp.asarray(scale, scale_dtype),
+        zero_point=jnp.asarray(zero, jnp.uint8) if affine else None,
+        bits=bits,
+        length=x.shape[-1],
+        group=group,
+        dense_dtype=x.dtype,
+    )
+
+
+def shared(x, clusters=16, batch_axes=0):
+    """Indices of the nearest of evenly spaced values."""
+    x = np.asarray(x)
+    batch = x.shape[:batch_axes]
+    book = np.zeros((*batch, clusters), np.float32)
+    indices = np.zeros(x.shape, np.uint8 if clusters <= 256 else np.uint16)
+    for at in np.ndindex(*batch):
+        part = x[at].astype(np.float64)
+        book[at] = np.linspace(part.min(initial=-1), part.max(initial=1), clusters)
+        indices[at] = np.abs(part[..., None] - book[at]).argmin(-1)
+    return CodebookArray.from_indices(jnp.asarray(indices), jnp.asarray(book), x.dtype)
+
+
+def sparse(x, sparsity=0.6, batch_axes=0):
+    """The largest magnitudes of each batch entry, so that their counts differ a little."""
+    x = np.array(x)
+    for count, at in enumerate(np.ndindex(*x.shape[:batch_axes])):
+        part = np.abs(x[at].astype(np.float64))
+        threshold = np.quantile(part, min(sparsity + 0.05 * count, 1)) if part.size else 0
+        x[at] = np.where(part >= threshold, x[at], 0)
+    return SparseArray.encode(jnp.asarray(x), batch_axes=batch_axes)
+
+
+FORMS = {
+    "int1": lambda x, batch_axes=0: quantized(x, 1, batch_axes=batch_axes),
+    "int3-affine": lambda x, batch_axes=0: quantized(x, 3, affine=True, batch_axes=batch_axes),
+    "int4": lambda x, batch_axes=0: quantized(x, 4, batch_axes=batch_axes),
+    "int4-tensor": lambda x, batch_axes=0: quantized(
+        x, 4, batch_axes=batch_axes, per_channel=False
+    ),
+    "int5-groups-last": lambda x, batch_axes=0: quantized(x, 5, group=(2, -1)),
+    "int8-groups-first": lambda x, batch_axes=0: quantized(x, 8, group=(2, -2), affine=True),
+    "codebook16": lambda x, batch_axes=0: shared(x, 16, batch_axes),
+    "codebook5": lambda x, batch_axes=0: shared(x, 5, batch_axes),
+    "sparse": lambda x, batch_axes=0: sparse(x, batch_axes=batch_axes),
+}
+
+
+def weights(shape, dtype="float32", seed=0):
+    x = np.random.default_rng(seed).normal(size=shape)
+    return x.astype(jnp.dtype(dtype))
+
+
+def compress(tree, form, batch_axes=0):
+    """Compress every leaf that has two axes beside its batch axes, of even sizes."""
+
+    def one(leaf):
+        if leaf.ndim < 2 + batch_axes or leaf.shape[-1] % 2 or leaf.shape[-2] % 2:
+            return leaf
+        return FORMS[form](leaf, batch_axes=batch_axes)
+
+    return jax.tree.map(one, tree)
