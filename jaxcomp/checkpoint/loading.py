@@ -188,11 +188,11 @@ def _check_tensors(container: Container, specs: list[LeafSpec]) -> None:
             name = tensor_name(spec.path, part)
             tensor = unused.pop(name, None)
             if tensor is None:
-                raise CheckpointError(f"tensor {name!r} is missing, or used twice")
+                raise CheckpointError(f"tensor {name!r:.80} is missing, or used twice")
             if (tensor.dtype, tensor.shape) != (array.dtype, array.shape):
                 raise CheckpointError(
-                    f"tensor {name!r} is {tensor.dtype} of shape {tensor.shape}, the manifest "
+                    f"tensor {name!r:.80} is {tensor.dtype} of shape {tensor.shape}, the manifest "
                     f"says {array.dtype} of shape {array.shape}"
                 )
     if unused:
-        raise CheckpointError(f"tensor {next(iter(unused))!r} belongs to no leaf")
+        raise CheckpointError(f"tensor {next(iter(unused))!r:.80} belongs to no leaf")

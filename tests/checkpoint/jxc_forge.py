@@ -1,11 +1,15 @@
 """Helpers: random trees, exact comparison, and files whose checksums are right but content lies."""
 
+import json
 import os
+import struct
+import zlib
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 
 from jaxcomp.arrays import (
@@ -16,7 +20,7 @@ from jaxcomp.arrays import (
     SparseArray,
     Symbols,
 )
-from jaxcomp.checkpoint import container, loading, raw
+from jaxcomp.checkpoint import CheckpointError, container, load, loading, raw, save
 from jaxcomp.checkpoint.manifest import dumps, loads
 
 SUB_BYTE = {"bool": 1, "int2": 2, "uint2": 2, "int4": 4, "uint4": 4, "float4_e2m1fn": 4}
@@ -201,3 +205,50 @@ def seal(manifest: Any, parts: list[bytes], tensors: dict[str, np.ndarray] | Non
 
 def sealed(data: bytes) -> bytes:
     return data + container.checksum(data)
+
+
+def outer(blob: bytes, dtype: str = "U8", shape: list | None = None) -> bytes:
+    shape = [len(blob)] if shape is None else shape
+    head = {"jxc": {"dtype": dtype, "shape": shape, "data_offsets": [0, len(blob)]}}
+    text = json.dumps(head).encode()
+    return struct.pack("<Q", len(text)) + text + blob
+
+
+def with_manifest(packed: bytes, body: bytes = b"") -> bytes:
+    """A file with right checksums around any bytes as its deflated manifest."""
+    start, rest = b"JXC\x01", len(packed).to_bytes(3, "little") + packed
+    data = outer(start + bytes(4) + rest + body)
+    header = data[: 8 + struct.unpack_from("<Q", data)[0]]
+    check = struct.pack("<I", zlib.crc32(header + start + rest))
+    return header + start + check + rest + body
+
+
+def sample(tmp_path) -> bytes:
+    """A file with every kind of leaf, of codec, of container, and an ordinary tensor."""
+    rng = np.random.default_rng(0)
+    tree = {
+        "q": quantized(rng, (8, 9)),
+        "c": [codebook(rng, (5, 4), 3), (sparse(rng, (6, 6)), None)],
+        "b": jnp.arange(3, dtype=jnp.bfloat16),
+        "flags": np.array([True, False]),
+        "big": np.arange(12, dtype=np.int16),
+        7: {"f": float("nan"), "s": "x"},
+    }
+    save(tmp_path / "sound.jxc", tree, metadata={"accuracy": 0.5})
+    return (tmp_path / "sound.jxc").read_bytes()
+
+
+def put(path, data: bytes) -> None:
+    """Overwrite in place: opening thousands of new files takes longer than loading them."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT)
+    os.pwrite(handle, data, 0)
+    os.ftruncate(handle, len(data))
+    os.close(handle)
+
+
+def refused(path, data: bytes, read=load) -> str:
+    put(path, data)
+    with pytest.raises(CheckpointError) as caught:
+        read(path)
+    assert str(path) in str(caught.value)
+    return str(caught.value)
