@@ -2,26 +2,27 @@
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, UInt8
 
 from jaxcomp.arrays import QuantizedArray
 from jaxcomp.arrays.bits import pack_bits
 from jaxcomp.arrays.quantized import dequantize, merge_groups, split_groups
-from jaxcomp.kernels.sharding import automatic
+from jaxcomp.quantize.checks import check_quantizable, check_scales
 from jaxcomp.quantize.formats import Format
+from jaxcomp.sharding import automatic, spec_like
 from jaxcomp.tree import check_weight
 
 _TINY = float(jnp.finfo(jnp.float32).tiny)
-_HUGE = float(jnp.finfo(jnp.float32).max)
 
 
 def find_range(
     x: Float[Array, "..."], format: Format
 ) -> tuple[Float[Array, "..."], UInt8[Array, "..."] | None]:
-    """Scale and zero point that cover every value of ``x``.
+    """Scale and zero point by which every value of ``x`` is within half a step of a code.
 
-    Symmetric: ``scale = max|x| / (2**(bits-1) - 1)``. Affine: the range from ``min(x, 0)`` to
-    ``max(x, 0)``, widened until zero falls on a code and both ends are still inside.
+    Symmetric: ``scale = max|x| / (2**(bits-1) - 1)``. Affine: ``scale = (max(x, 0) - min(x, 0)) /
+    (2**bits - 1)``, and the zero point is rounded to a code (Jacob et al., 2018, section 3).
 
     Args:
         x: weights, any floating dtype.
@@ -40,29 +41,49 @@ def find_range(
         (Array([[0.5]], dtype=float32), None)
     """
     axes = format.reduced_axes(x.shape)
-    group = format.group(x.shape)
-    wide = x.astype(jnp.float32) if group is None else split_groups(x.astype(jnp.float32), *group)
-    if format.symmetric:
-        steps = format.code_range[1]
-        largest = jnp.max(jnp.abs(wide), axis=axes, keepdims=True)
-        return _safe(largest * (1 / steps), steps), None
+    wide = _split(x.astype(jnp.float32), format)
     steps = format.code_range[1]
+    if format.symmetric:
+        largest = jnp.max(jnp.abs(wide), axis=axes, keepdims=True)
+        return _bounded(largest * (1 / steps), steps, x.dtype), None
     low = jnp.minimum(jnp.min(wide, axis=axes, keepdims=True), 0)
     high = jnp.maximum(jnp.max(wide, axis=axes, keepdims=True), 0)
-    # Two products, not one difference: `high - low` may overflow.
-    scale = _safe(high * (1 / steps) - low * (1 / steps), steps)
-    zero_point = jnp.clip(jnp.round(-low / scale), 0, steps)
-    below = -low / jnp.maximum(zero_point, 1)
-    above = high / jnp.maximum(steps - zero_point, 1)
-    scale = jnp.maximum(scale, jnp.where(zero_point > 0, below, 0))
-    scale = jnp.maximum(scale, jnp.where(zero_point < steps, above, 0))
-    return _safe(scale, steps), zero_point.astype(jnp.uint8)
+    # Halves: their difference cannot overflow, nor change when it is compiled to a fused
+    # multiply-add, so that the scale is the same to the bit inside and outside `jit`.
+    scale = (high * 0.5 - low * 0.5) * (2 / steps)
+    zero_point = _round(-low, _bounded(scale, 1, x.dtype))
+    scale = _bounded(scale, jnp.maximum(zero_point, steps - zero_point), x.dtype)
+    zero_point = jnp.clip(_round(-low, scale), 0, steps)
+    return scale, zero_point.astype(jnp.uint8)
 
 
-def _safe(scale: jax.Array, steps: int) -> jax.Array:
-    """A scale by which division and multiplication stay finite; 1 for weights that are all zero."""
-    largest = _HUGE / steps * (1 - 2**-20)
-    return jnp.where(scale == 0, 1.0, jnp.clip(scale, _TINY, largest)).astype(jnp.float32)
+def _bounded(scale: jax.Array, reach: jax.Array | int, dtype: jnp.dtype) -> jax.Array:
+    """Scales whose first ``reach`` multiples stay finite in ``dtype``; 1 for weights all zero.
+
+    Where they would not, the scale grows until the largest finite number is one of them: then
+    nothing finite rounds to more.
+    """
+    largest = float(jnp.finfo(dtype).max) * (1 - 2**-20)
+    scale = jnp.where(scale == 0, 1.0, jnp.maximum(scale, _TINY))
+    multiples = jnp.minimum(jnp.floor(largest / scale * (1 + 2**-18)), reach)
+    limit = largest / multiples
+    return jnp.where(multiples < reach, limit, jnp.minimum(scale, limit)).astype(jnp.float32)
+
+
+def _round(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """The multiple of ``scale`` nearest to ``x``, ties to even, as a floating number.
+
+    By the reciprocal, as XLA divides in some programs and not in others: the codes must not depend
+    on that. The reciprocal of the largest scales would be subnormal, which XLA flushes to zero.
+    """
+    large = scale > 2.0**125
+    scale = jnp.where(large, scale * 0.25, scale)
+    return jnp.round(jnp.where(large, x * 0.25, x) * (1 / scale))
+
+
+def _split(x: jax.Array, format: Format) -> jax.Array:
+    group = format.group(x.shape)
+    return x if group is None else split_groups(x, *group)
 
 
 def find_codes(
@@ -89,9 +110,10 @@ def find_codes(
         ([9, 1], [True, False])
     """
     group = format.group(x.shape)
-    wide = x.astype(scale.dtype) if group is None else split_groups(x.astype(scale.dtype), *group)
+    # Scales may be stored in 16 bits; too few to divide in.
+    dtype = jnp.promote_types(scale.dtype, jnp.float32)
     low, high = format.code_range
-    rounded = jnp.round(wide / scale)
+    rounded = _round(_split(x.astype(dtype), format), scale.astype(dtype))
     if zero_point is not None:
         rounded = rounded + zero_point.astype(rounded.dtype)
     inside = (rounded >= low) & (rounded <= high)
@@ -110,9 +132,11 @@ def encode(x: Float[Array, "..."], format: Format) -> QuantizedArray:
         format: bits, symmetry and granularity.
 
     Returns:
-        A leaf whose every value is within half a step of ``x`` (Jacob et al., 2018, section 2.1).
+        A leaf whose every value is within half a step of ``x`` (Jacob et al., 2018, section 2.1),
+        laid out on explicit mesh axes as ``x`` is.
 
     Raises:
+        TypeError: not a floating array of at most 32 bits.
         ValueError: NaN or infinite values, no elements, or a format that does not fit the shape.
 
     Example:
@@ -120,9 +144,14 @@ def encode(x: Float[Array, "..."], format: Format) -> QuantizedArray:
         Array([[-1.       ,  0.       ],
                [ 0.5714286,  7.       ]], dtype=float32)
     """
+    check_quantizable("x", x, format)
     check_weight("x", x)
-    scale, zero_point = find_range(x, format)
-    codes, _ = find_codes(x, scale, zero_point, format)
+    spec = _scale_spec(x, format)
+    run = automatic(
+        lambda x: _quantize(x, format),
+        out=(spec_like(x, x.shape), spec, None if format.symmetric else spec),
+    )
+    codes, scale, zero_point = run(x)
     return QuantizedArray(
         codes=pack_bits(codes, format.bits),
         scale=scale,
@@ -134,6 +163,23 @@ def encode(x: Float[Array, "..."], format: Format) -> QuantizedArray:
     )
 
 
+def _quantize(x: jax.Array, format: Format) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    scale, zero_point = find_range(x, format)
+    codes, _ = find_codes(x, scale, zero_point, format)
+    return codes, scale, zero_point
+
+
+def _scale_spec(x: jax.Array, format: Format) -> PartitionSpec:
+    """Where the scales of ``x`` lie on explicit mesh axes."""
+    shape, group = list(x.shape), format.group(x.shape)
+    for axis in format.reduced_axes(x.shape):
+        shape[axis] = 1 if group is None else shape[axis] // group[0]
+    spec = list(spec_like(x, tuple(shape)))
+    if group is not None and spec:
+        spec.insert(x.ndim + group[1] + 1, None)
+    return PartitionSpec(*spec)
+
+
 def fake_quant(
     x: Float[Array, " *dims"],
     format: Format,
@@ -143,36 +189,38 @@ def fake_quant(
     """What quantizing does to the values, with a gradient that training can use.
 
     The straight-through estimator (Bengio et al., 2013, section 4): the gradient passes unchanged
-    where ``x`` is inside the range and is zero where it is clipped.
+    where ``x`` is inside the range and is zero where it is clipped. The range that is found when
+    no ``scale`` is given holds all of ``x``.
 
     Args:
-        x: weights or activations, at least one axis.
+        x: weights or activations, at least one axis; float16, bfloat16 or float32.
         format: bits, symmetry and granularity.
         scale: step sizes to use instead of those that cover all of ``x``; broadcastable to ``x``
             (to split groups where the format has them). No gradient goes to them.
         zero_point: codes of zero for ``scale``; needed exactly when the format is affine.
 
     Returns:
-        ``encode(x, format).decode()``, bit for bit, where no ``scale`` is given.
+        ``encode(x, format).decode()``, bit for bit, where no ``scale`` is given. NaN or infinite
+        values make everything that shares their scale NaN or infinite.
 
     Raises:
-        ValueError: the format does not fit, or scale and zero point do not fit the format.
+        TypeError: ``x`` is not a floating array of at most 32 bits; scale or zero point are of
+            another type.
+        ValueError: no elements; the format does not fit, or scale and zero point do not fit the
+            format; a scale that is known is not positive and finite.
 
     Example:
         >>> x = jnp.array([0.4, 9.0])
         >>> jax.grad(lambda x: fake_quant(x, Format(4), jnp.array([0.5])).sum())(x)
         Array([1., 0.], dtype=float32)
     """
-    if scale is None and zero_point is not None:
-        raise ValueError("zero_point was given without scale: give both or neither")
-    if scale is not None and (zero_point is None) != format.symmetric:
-        wanted = "no zero_point" if format.symmetric else "a zero_point"
-        raise ValueError(f"{format} takes {wanted} beside scale")
-    format.reduced_axes(x.shape)
-    run = automatic(
-        lambda x, *given: _fake_quant(x, format, *given),
-        out=getattr(getattr(jax.typeof(x), "sharding", None), "spec", None),
-    )
+    if scale is None:
+        check_quantizable("x", x, format)
+        if zero_point is not None:
+            raise ValueError("zero_point was given without scale: give both or neither")
+    else:
+        check_scales(x, format, scale, zero_point)
+    run = automatic(lambda x, *given: _fake_quant(x, format, *given), out=spec_like(x, x.shape))
     return run(x) if scale is None else run(x, scale, zero_point)
 
 
@@ -184,11 +232,14 @@ def _fake_quant(
 ) -> jax.Array:
     stopped = jax.lax.stop_gradient(x)
     if scale is None:
-        scale, zero_point = find_range(stopped, format)
-    codes, inside = find_codes(stopped, scale, zero_point, format)
+        codes, scale, zero_point = _quantize(stopped, format)
+        inside = jnp.ones((), bool)
+    else:
+        scale = jax.lax.stop_gradient(scale)
+        codes, inside = find_codes(stopped, scale, zero_point, format)
     values = dequantize(
         codes,
-        jax.lax.stop_gradient(scale),
+        scale,
         zero_point,
         bits=format.bits,
         group=format.group(x.shape),

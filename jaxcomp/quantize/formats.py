@@ -3,6 +3,10 @@
 import dataclasses
 
 
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 @dataclasses.dataclass(frozen=True)
 class PerTensor:
     """One scale for the whole leaf."""
@@ -15,9 +19,20 @@ class PerChannel:
     Attributes:
         axis: the channel axis or axes; the default is the output axis of Flax's kernels. Leaves
             that stack layers name the layer axis too: ``PerChannel((0, -1))``.
+
+    Raises:
+        TypeError: ``axis`` is neither an int nor a tuple of ints.
+        ValueError: ``axis`` is an empty tuple.
     """
 
     axis: int | tuple[int, ...] = -1
+
+    def __post_init__(self) -> None:
+        axes = self.axis if isinstance(self.axis, tuple) else (self.axis,)
+        if not all(_is_int(axis) for axis in axes):
+            raise TypeError(f"axis must be an int or a tuple of ints, not {self.axis!r}")
+        if not axes:
+            raise ValueError("axis must name an axis, not (): use PerTensor() for a single scale")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +42,21 @@ class PerGroup:
     Attributes:
         size: weights that share a scale; must divide the axis.
         axis: the axis that is cut into groups; the default is the input axis of Flax's kernels.
+
+    Raises:
+        TypeError: ``size`` or ``axis`` is not an int.
+        ValueError: ``size`` is below 1.
     """
 
     size: int
     axis: int = -2
+
+    def __post_init__(self) -> None:
+        for name in ("size", "axis"):
+            if not _is_int(getattr(self, name)):
+                raise TypeError(f"{name} must be an int, not {getattr(self, name)!r}")
+        if self.size < 1:
+            raise ValueError(f"size must be at least 1 weight a group, not {self.size}")
 
 
 Granularity = PerTensor | PerChannel | PerGroup
@@ -47,7 +73,7 @@ class Format:
         granularity: who shares a scale (and a zero point).
 
     Raises:
-        ValueError: bits outside 2 to 8, or a group size below 1.
+        ValueError: bits outside 2 to 8.
         TypeError: a field of another type.
 
     Example:
@@ -60,17 +86,17 @@ class Format:
     granularity: Granularity = PerChannel()
 
     def __post_init__(self) -> None:
-        if isinstance(self.bits, bool) or not isinstance(self.bits, int):
+        if not _is_int(self.bits):
             raise TypeError(f"bits must be an int from 2 to 8, not {self.bits!r}")
         if not 2 <= self.bits <= 8:
             raise ValueError(f"bits must be 2 to 8, not {self.bits}")
+        if not isinstance(self.symmetric, bool):
+            raise TypeError(f"symmetric must be True or False, not {self.symmetric!r}")
         if not isinstance(self.granularity, Granularity):
             raise TypeError(
                 f"granularity must be PerTensor(), PerChannel(axis) or PerGroup(size, axis), "
                 f"not {self.granularity!r}"
             )
-        if isinstance(self.granularity, PerGroup) and self.granularity.size < 1:
-            raise ValueError(f"group size must be at least 1, not {self.granularity.size}")
 
     @property
     def code_range(self) -> tuple[int, int]:
@@ -100,7 +126,8 @@ class Format:
         """Axes (negative) over which a scale is shared, after groups have been split off.
 
         Raises:
-            ValueError: the leaf is a scalar, or lacks an axis that the format names.
+            ValueError: the leaf is a scalar, lacks an axis that the format names, or has no other
+                axes than those, so that every weight would get a scale of its own.
         """
         if not shape:
             raise ValueError(f"{path}: a scalar cannot be quantized: leave it out with a None rule")
@@ -114,8 +141,13 @@ class Format:
         axes = self.granularity.axis
         kept = {
             negative_axis(axis, shape, path)
-            for axis in ((axes,) if isinstance(axes, int) else axes)
+            for axis in (axes if isinstance(axes, tuple) else (axes,))
         }
+        if len(kept) == len(shape):
+            raise ValueError(
+                f"{path}: {self.granularity} names every axis of shape {shape}, a scale for each "
+                "weight: use PerTensor() for this leaf, or leave it out with a None rule"
+            )
         return tuple(axis for axis in everything if axis not in kept)
 
 

@@ -9,6 +9,7 @@ from jaxtyping import Array, Int32
 from jaxcomp import tree as tree_lib
 from jaxcomp.compression import Compression, Params, State
 from jaxcomp.quantize.affine import encode, fake_quant
+from jaxcomp.quantize.checks import check_quantizable
 from jaxcomp.quantize.formats import Format
 
 
@@ -37,7 +38,7 @@ def train(format: Format, begin: int = 0) -> Compression:
         ``ValueError`` where the format does not fit a leaf.
 
     Raises:
-        TypeError: ``format`` is not a :class:`Format`.
+        TypeError: ``format`` is not a :class:`Format`, or ``begin`` not an int.
         ValueError: ``begin`` is negative.
 
     Example:
@@ -48,12 +49,14 @@ def train(format: Format, begin: int = 0) -> Compression:
     """
     if not isinstance(format, Format):
         raise TypeError(f"format must be a quantize.Format, such as Format(bits=4), not {format!r}")
+    if isinstance(begin, bool) or not isinstance(begin, int):
+        raise TypeError(f"begin must be an int, the step from which to quantize, not {begin!r}")
     if begin < 0:
         raise ValueError(f"begin must be a step from 0 on, not {begin}")
 
     def init(params: Params) -> State:
         for path, leaf in tree_lib.select(params).items():
-            format.reduced_axes(leaf.shape, path)
+            check_quantizable(path, leaf, format)
         return State({}, QuantizeBuffers(jnp.zeros((), jnp.int32)))
 
     def apply(params: Params, state: State) -> Params:
@@ -72,7 +75,10 @@ def train(format: Format, begin: int = 0) -> Compression:
     def pack(params: Params, state: State) -> Any:
         if int(state.buffers.step) < begin:
             return params
-        news = {path: encode(leaf, format) for path, leaf in tree_lib.select(params).items()}
+        leaves = tree_lib.select(params)
+        for path, leaf in leaves.items():
+            check_quantizable(path, leaf, format)
+        news = {path: encode(leaf, format) for path, leaf in leaves.items()}
         return tree_lib.replace(params, news)
 
     return Compression(init, apply, update, pack)

@@ -1,0 +1,104 @@
+"""What cannot be quantized is refused here, before anything changes."""
+
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcomp.arrays import is_compressed
+from jaxcomp.arrays.quantized import split_groups
+from jaxcomp.quantize.formats import Format
+from jaxcomp.tree import check_weight
+
+
+def check_quantizable(path: str, x: Any, format: Format) -> None:
+    """Raise unless a format fits the shape and dtype of a leaf; values are not looked at.
+
+    Args:
+        path: for the message.
+        x: the leaf; anything with ``shape`` and ``dtype``.
+        format: what to quantize to.
+
+    Raises:
+        TypeError: not a float16, bfloat16 or float32 array (or a narrower floating one).
+        ValueError: no elements, or a format that does not fit the shape.
+
+    Example:
+        >>> from jaxcomp.quantize import PerGroup
+        >>> check_quantizable("kernel", jnp.ones((3, 4)), Format(granularity=PerGroup(2)))
+        Traceback (most recent call last):
+        ...
+        ValueError: kernel: groups of 2 do not divide axis -2 of shape (3, 4): choose ...
+    """
+    _check_array(path, x)
+    format.reduced_axes(x.shape, path)
+
+
+def _check_array(path: str, x: Any) -> None:
+    known = hasattr(x, "shape") and hasattr(x, "dtype") and not is_compressed(x)
+    check_weight(path, jax.ShapeDtypeStruct(x.shape, x.dtype) if known else x)
+    if jnp.finfo(x.dtype).bits > 32:
+        raise TypeError(f"{path}: {x.dtype} is wider than the float32 scales: cast it to float32")
+    if x.ndim == 0:
+        raise ValueError(f"{path}: a scalar cannot be quantized: leave it out with a None rule")
+
+
+def check_scales(x: Any, format: Format, scale: Any, zero_point: Any) -> None:
+    """Raise unless given scales and zero points fit an array and a format.
+
+    Who shares a scale is then for the scale's shape to say, only groups for the format.
+
+    Args:
+        x: the array that they are for.
+        format: what to quantize to.
+        scale: step sizes; values are looked at where they are known.
+        zero_point: codes of zero, or None if symmetric; likewise.
+
+    Raises:
+        TypeError: ``x`` as for :func:`check_quantizable`; scale not floating, or zero point not
+            unsigned.
+        ValueError: ``x`` as for :func:`check_quantizable`; a zero point missing or too many, a
+            shape that does not broadcast, or values that cannot be used.
+
+    Example:
+        >>> check_scales(jnp.ones((2, 3)), Format(4), jnp.zeros(3), None)
+        Traceback (most recent call last):
+        ...
+        ValueError: scale must be positive and finite everywhere: clamp it from below
+    """
+    _check_array("x", x)
+    if (zero_point is None) != format.symmetric:
+        wanted = "no zero_point" if format.symmetric else "a zero_point"
+        raise ValueError(f"{format} takes {wanted} beside scale")
+    _check_given("scale", scale, jnp.floating, x, format)
+    if not _hidden(scale) and not np.all((np.asarray(scale) > 0) & np.isfinite(scale)):
+        raise ValueError("scale must be positive and finite everywhere: clamp it from below")
+    if zero_point is None:
+        return
+    _check_given("zero_point", zero_point, jnp.unsignedinteger, x, format)
+    top = format.code_range[1]
+    if not _hidden(zero_point) and np.any(np.asarray(zero_point) > top):
+        raise ValueError(f"zero_point must be a code from 0 to {top} in {format}: clip it")
+
+
+def _check_given(name: str, given: Any, kind: type, x: Any, format: Format) -> None:
+    if not hasattr(given, "dtype") or not jnp.issubdtype(given.dtype, kind):
+        raise TypeError(f"{name} must be a {kind.__name__} array, not {given!r}: cast it")
+    shape, group = x.shape, format.group(x.shape)
+    if group is not None:
+        shape = jax.eval_shape(lambda x: split_groups(x, *group), x).shape
+    behind = shape[len(shape) - given.ndim :]
+    if given.ndim > len(shape) or any(
+        a not in (1, b) for a, b in zip(given.shape, behind, strict=True)
+    ):
+        raise ValueError(
+            f"{name} of shape {given.shape} does not broadcast to {shape}: give one number, or one "
+            "for each index of the axes that have their own"
+        )
+
+
+def _hidden(x: Any) -> bool:
+    """Whether the values are not to be seen: traced, or on another host."""
+    return isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True)
