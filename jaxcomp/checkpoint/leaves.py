@@ -224,7 +224,8 @@ def read_array(spec: ArraySpec, data: bytes | memoryview) -> Shaped[np.ndarray, 
     """
     if spec.where == "raw":
         return raw.from_bytes(data, spec.dtype, spec.shape)
-    array = np.frombuffer(data, np.uint8).copy()
+    # The tensor's bytes are a bytearray of its own, so that the array may keep them.
+    array = np.frombuffer(data, np.uint8)
     if spec.dtype == "bool" and array.size and int(array.max()) > 1:
         raise CheckpointError("a boolean is neither 0 nor 1")
     return array.view(raw.dtype_of(spec.dtype)).reshape(spec.shape)

@@ -61,7 +61,7 @@ def test_whatever_codec_wins_the_symbols_come_back(stream):
     assert name in coder.CODECS
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(streams())
 def test_every_codec_that_applies_is_exact(stream):
     values, alphabet = stream

@@ -263,7 +263,7 @@ def test_a_manifest_that_is_not_ascii(tmp_path, monkeypatch):
 def test_a_manifest_that_explodes(tmp_path):
     for filler in (b" ", b"[", b"0,"):
         packer = zlib.compressobj(9, zlib.DEFLATED, -15)
-        packed = packer.compress(filler * 300_000_000 if filler == b" " else filler * 9_000_000)
+        packed = packer.compress(filler * 9_000_000)
         packed += packer.flush()
         assert "grows beyond" in refused(tmp_path / "a", with_manifest(packed))
     assert "deflated data" in refused(tmp_path / "a", with_manifest(b"\xff\xff\xff"))
