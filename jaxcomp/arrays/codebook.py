@@ -10,7 +10,15 @@ from jaxtyping import Array, Float, UInt
 
 from jaxcomp.arrays.base import CompressedArray
 from jaxcomp.arrays.bits import pack_bits, pack_bits_host, unpack_bits, unpack_bits_host
-from jaxcomp.arrays.parts import Parts, Symbols, check_names, read_dtype, read_floats, read_symbols
+from jaxcomp.arrays.parts import (
+    Parts,
+    Symbols,
+    check_names,
+    read_dtype,
+    read_floats,
+    read_symbols,
+    to_device,
+)
 from jaxcomp.sharding import automatic, spec_like
 
 MAX_CLUSTERS = 1 << 16
@@ -139,7 +147,7 @@ class CodebookArray(CompressedArray):
         indices = read_symbols(parts, "indices", clusters)
         _check_shapes(indices.shape, codebook.shape)
         packed = pack_bits_host(indices, index_bits(clusters))
-        return cls(jnp.asarray(packed), jnp.asarray(codebook), indices.shape[-1], dtype)
+        return cls(to_device(packed), to_device(codebook), indices.shape[-1], dtype)
 
 
 @jax.jit

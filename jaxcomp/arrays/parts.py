@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 _LARGEST_EMPTY = 1 << 31
+_MOST_AXES = 60  # NumPy has 64 at most, and packing splits some
 
 
 class Symbols(NamedTuple):
@@ -166,13 +167,26 @@ def read_array(array: Any, name: str) -> np.ndarray:
         raise ValueError(f"{name} must be in this machine's byte order, not {array.dtype}")
     # An array without elements costs a liar nothing, whatever its other axes: (0, 2**62).
     empty = 0 in array.shape and math.prod(max(n, 1) for n in array.shape) > _LARGEST_EMPTY
-    if empty or array.ndim > 32:
-        raise ValueError(f"{name} has an impossible shape: {array.ndim} axes, {array.shape[:32]}")
+    if empty or array.ndim > _MOST_AXES:
+        raise ValueError(f"{name} has an impossible shape: {array.ndim} axes, {array.shape[:8]}")
     return array
 
 
+def to_device(array: np.ndarray) -> jax.Array:
+    """A copy of ``array`` on the default device, with nothing compiled.
+
+    Example:
+        >>> to_device(np.zeros(2, np.float32))
+        Array([0., 0.], dtype=float32)
+    """
+    # `jnp.asarray` compiles anew for every shape; `device_put` may share the caller's memory.
+    return jax.device_put(np.array(array))
+
+
 def _is_float(dtype: np.dtype) -> bool:
-    try:
-        return jnp.issubdtype(dtype, jnp.floating) and jax.dtypes.canonicalize_dtype(dtype) == dtype
-    except TypeError:  # NumPy has floating dtypes that JAX has not
-        return False
+    # NumPy also has a float128, which JAX passes as canonical and then refuses.
+    return (
+        jnp.issubdtype(dtype, jnp.floating)
+        and dtype.itemsize <= 8
+        and jax.dtypes.canonicalize_dtype(dtype) == dtype
+    )

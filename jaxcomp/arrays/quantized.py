@@ -20,6 +20,7 @@ from jaxcomp.arrays.parts import (
     read_floats,
     read_int,
     read_symbols,
+    to_device,
 )
 from jaxcomp.sharding import automatic, spec_like
 
@@ -175,9 +176,9 @@ class QuantizedArray(CompressedArray):
             if zero_point.max(initial=0) >> bits:
                 raise ValueError(f"a zero_point is no code of {bits} bits: {zero_point.max()}")
         return cls(
-            codes=jnp.asarray(pack_bits_host(codes, bits)),
-            scale=jnp.asarray(scale),
-            zero_point=None if zero_point is None else jnp.asarray(zero_point),
+            codes=to_device(pack_bits_host(codes, bits)),
+            scale=to_device(scale),
+            zero_point=None if zero_point is None else to_device(zero_point),
             bits=bits,
             length=codes.shape[-1],
             group=group,

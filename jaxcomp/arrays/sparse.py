@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxcomp.arrays.base import CompressedArray
 from jaxcomp.arrays.bits import pack_bits_host, unpack_bits, unpack_bits_host
-from jaxcomp.arrays.parts import Parts, Symbols, check_names, read_floats, read_symbols
+from jaxcomp.arrays.parts import Parts, Symbols, check_names, read_floats, read_symbols, to_device
 from jaxcomp.sharding import automatic, spec_like
 
 
@@ -75,7 +75,7 @@ class SparseArray(CompressedArray):
         for row, flags, out in zip(dense_rows, keep_rows, values, strict=True):
             out[: flags.sum()] = row[flags]
         packed = pack_bits_host(keep.view(np.uint8), 1)
-        return cls(jnp.asarray(packed), jnp.asarray(values.reshape(*batch, count)), x.shape[-1])
+        return cls(to_device(packed), to_device(values.reshape(*batch, count)), x.shape[-1])
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -120,7 +120,7 @@ class SparseArray(CompressedArray):
         counts = keep.sum(axis=tuple(range(len(batch), keep.ndim)), dtype=np.int64)
         if counts.max(initial=0) > values.shape[-1]:
             raise ValueError(f"the mask keeps {counts.max()} values, {values.shape[-1]} are there")
-        return cls(jnp.asarray(pack_bits_host(keep, 1)), jnp.asarray(values), keep.shape[-1])
+        return cls(to_device(pack_bits_host(keep, 1)), to_device(values), keep.shape[-1])
 
 
 @jax.jit
