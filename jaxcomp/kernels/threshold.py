@@ -11,7 +11,7 @@ the bracket is followed by one with pivots at its quarters. Then the same search
 of the tied keys decides which of them go; two or three passes mostly, and none without ties.
 
 Chosen over its rivals by measurement (``benchmarks/threshold.py``): a sort is some hundred times
-slower; a radix histogram (two scatter-adds into 65,536 bins) is several times slower and needs two
+slower; a radix histogram (two scatter-adds into 65,536 bins) takes more than twice as long and two
 temporaries of the array's size, where this needs none. A pass is a plain reduction: sharded
 arrays exchange a few scalars a pass, on meshes with automatic and with explicit axes alike.
 """
