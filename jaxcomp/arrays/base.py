@@ -17,7 +17,8 @@ class CompressedArray(meta.AxisMetadata):
 
     Linen unboxes it (it is a Flax ``AxisMetadata`` whose ``unbox`` decodes), NNX and ``jax.numpy``
     convert it (``__getitem__``, ``__jax_array__``), and :func:`jaxcomp.decode` serves the rest, so
-    that an unmodified model runs on it and XLA fuses the decoding into its use.
+    that an unmodified model runs on it and XLA fuses the decoding into its use. A module that walks
+    its own parameters as a tree (Linen's ``WeightNorm``) would meet the fields: it is of the rest.
 
     Subclasses are frozen dataclasses registered as pytrees. Every array field keeps leading axes
     in front, so that ``vmap`` and ``scan`` over stacked layers slice all of them alike; nothing

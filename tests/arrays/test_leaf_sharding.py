@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,6 +96,33 @@ def test_stacks_under_vmap_and_scan(form, axis, kind):
         # JAX scans only over an axis that is not explicitly sharded.
         scanned = jax.jit(lambda leaf: jax.lax.scan(lambda c, x: (c, x.decode()), 0, leaf)[1])
         equal(scanned(there), dense)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", ["int3-affine", "codebook16", "sparse"])
+@pytest.mark.parametrize("manual", [{"a", "b"}, {"a"}])
+def test_inside_shard_map(form, kind, manual):
+    # Each device (or each row of devices, with "b" left to the compiler) decodes layers of its own.
+    stack = FORMS[form](weights((4, 8, 16)), batch_axes=1)
+    mesh = mesh_of(kind)
+    there = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P("a"))), stack)
+    run = jax.shard_map(
+        lambda leaf: leaf.decode(), mesh=mesh, in_specs=P("a"), out_specs=P("a"), axis_names=manual
+    )
+    equal(jax.jit(run)(there), reference(stack))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("make", [quantized, shared, sparse])
+def test_a_linen_model_on_sharded_leaves(make, kind):
+    mesh = mesh_of(kind)
+    kernel = make(weights((16, 32)))
+    params = {"kernel": put(kernel, mesh, LAYOUTS["columns"]), "bias": jnp.ones(32)}
+    params["bias"] = jax.device_put(params["bias"], NamedSharding(mesh, P("b")))
+    x = jax.device_put(weights((8, 16), seed=1), NamedSharding(mesh, P("a", None)))
+    with jax.set_mesh(mesh):
+        y = jax.jit(nn.Dense(32).apply)({"params": params}, x)
+    np.testing.assert_allclose(y, np.asarray(x) @ reference(kernel) + 1, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
