@@ -7,9 +7,11 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
 
-from jaxtyping import install_import_hook  # noqa: E402
+from jaxtyping import install_import_hook
 
-install_import_hook("jaxcomp", "beartype.beartype")
+import tests.typechecker  # noqa: F401
+
+install_import_hook("jaxcomp", "tests.typechecker.check")
 
 from hypothesis import settings  # noqa: E402
 

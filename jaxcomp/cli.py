@@ -162,7 +162,9 @@ def _demo(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int
         )
         for name, found in results.items()
     ]
-    title = f"{arguments.data}, {model}, {seeds} seed(s), {len(data.test_labels)} test images"
+    title = (
+        f"{arguments.data}, {model}, {len(data.test_labels)} test images, mean of {seeds} seed(s)"
+    )
     console.print(report.stage_table(rows, title))
     expected = results["all together"][0].correct
     reloaded = stages.verify(arguments.output, arguments.data_dir)

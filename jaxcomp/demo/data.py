@@ -3,7 +3,7 @@
 import gzip
 import math
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -43,9 +43,9 @@ def load_digits() -> Dataset:
         from sklearn import datasets
     except ImportError as error:
         raise DataError("the digits come with scikit-learn: pip install 'jaxcomp[demo]'") from error
-    bunch = datasets.load_digits()
-    images = np.asarray(bunch["images"], np.float32)[..., None] / 16
-    labels = np.asarray(bunch["target"], np.int32)
+    bunch: Any = datasets.load_digits()
+    images = np.asarray(bunch.images, np.float32)[..., None] / 16
+    labels = np.asarray(bunch.target, np.int32)
     test = np.arange(len(images)) % 5 == 4
     return Dataset("digits", images[~test], labels[~test], images[test], labels[test])
 

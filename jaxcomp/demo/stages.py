@@ -24,7 +24,8 @@ class Plan:
 
     Attributes:
         model: a key of ``models.STUDENTS``.
-        epochs: passes over the training images in each stage.
+        epochs: passes over the training images of fresh weights; weights that are pruned get
+            twice as many more, others that are compressed half as many.
         batch_size: images a step.
         sparsity: fraction of weights removed.
         clusters: shared values a leaf.
@@ -33,16 +34,16 @@ class Plan:
     """
 
     model: str = "cnn"
-    epochs: int = 25
-    batch_size: int = 128
+    epochs: int = 18
+    batch_size: int = 64
     sparsity: float = 0.9
-    clusters: int = 16
+    clusters: int = 8
     bits: int = 4
     learning_rate: float = 2e-3
 
-    def steps(self, data: Dataset) -> int:
-        """Steps of one stage."""
-        return self.epochs * (len(data.train_labels) // self.batch_size)
+    def steps(self, data: Dataset, epochs: int) -> int:
+        """Steps of so many passes."""
+        return epochs * (len(data.train_labels) // self.batch_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +55,14 @@ class Stage:
         method: what the weights become; None for the float32 weights themselves.
         start: the stage whose weights it starts from; None for fresh ones.
         distilled: whether the teacher's logits are in its loss.
+        epochs: passes over the training images.
     """
 
     name: str
     method: jaxcomp.Compression | None
     start: str | None
     distilled: bool
+    epochs: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,25 +99,28 @@ class Result:
         return 8 * self.file_bytes / self.parameters
 
 
-def stages(plan: Plan, steps: int) -> tuple[Stage, ...]:
+def stages(plan: Plan, data: Dataset) -> tuple[Stage, ...]:
     """The stages in the order in which they run."""
+    long, short = 2 * plan.epochs, max(1, plan.epochs // 2)
+    steps = plan.steps(data, long)
     schedule = prune.cubic(plan.sparsity, begin=0, end=steps // 2)
-    pruned = prune.gradual(prune.scores.magnitude, schedule, scope="global", every=5)
-    shared_later = share.train(plan.clusters, begin=int(0.6 * steps))
+    pruned = prune.gradual(prune.scores.magnitude, schedule, scope="global")
+    shared_later = share.train(plan.clusters, begin=int(0.7 * steps))
     quantized = quantize.train(quantize.Format(plan.bits))
     return (
-        Stage("dense", None, None, False),
-        Stage("distilled", None, None, True),
-        Stage("pruned", pruned, "distilled", False),
-        Stage("shared", share.train(plan.clusters), "distilled", False),
-        Stage("quantized", quantized, "distilled", False),
-        Stage("all together", jaxcomp.chain(pruned, shared_later), "distilled", True),
+        Stage("dense", None, None, False, plan.epochs),
+        Stage("distilled", None, None, True, plan.epochs),
+        Stage("pruned", pruned, "distilled", False, long),
+        Stage("shared", share.train(plan.clusters), "distilled", False, short),
+        Stage("quantized", quantized, "distilled", False, short),
+        Stage("all together", jaxcomp.chain(pruned, shared_later), "distilled", True, long),
     )
 
 
 def total_steps(plan: Plan, data: Dataset, seeds: int) -> int:
     """Train steps of the whole demo, the teacher's too."""
-    return seeds * (1 + len(stages(plan, 1))) * plan.steps(data)
+    epochs = plan.epochs + sum(stage.epochs for stage in stages(plan, data))
+    return seeds * plan.steps(data, epochs)
 
 
 def run(
@@ -136,13 +142,9 @@ def run(
     Returns:
         Results by the name of the stage, one a seed.
     """
-    steps = plan.steps(data)
-    table = stages(plan, steps)
-    optimizer = optax.adam(optax.cosine_decay_schedule(plan.learning_rate, steps, 0.01))
-    optimizers = {
-        stage.name: jaxcomp.wrap_optimizer(optimizer, stage.method or jaxcomp.identity())
-        for stage in table
-    }
+    table = stages(plan, data)
+    # One transformation a stage, so that later seeds find its compiled step.
+    optimizers = {stage.name: _optimizer(plan, data, stage) for stage in table}
     results: dict[str, list[Result]] = {stage.name: [] for stage in table}
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(seeds):
@@ -154,6 +156,12 @@ def run(
     return results
 
 
+def _optimizer(plan: Plan, data: Dataset, stage: Stage) -> optax.GradientTransformation:
+    steps = plan.steps(data, stage.epochs)
+    optimizer = optax.adam(optax.cosine_decay_schedule(plan.learning_rate, steps, 0.01))
+    return jaxcomp.wrap_optimizer(optimizer, stage.method or jaxcomp.identity())
+
+
 def _run_seed(
     plan: Plan, data: Dataset, table: Any, optimizers: Any, seed: int, tick: Callable[[str], None]
 ) -> dict[str, Any]:
@@ -163,17 +171,17 @@ def _run_seed(
     fresh = student.init(keys[0], data.train_images[:1])["params"]
     teacher_params = teacher.init(keys[1], data.train_images[:1])["params"]
 
-    def train(model: Any, params: Any, tx: Any, logits: Any, name: str) -> Any:
-        order = training.batches(data, plan.batch_size, plan.epochs, seed)
+    def train(model: Any, params: Any, stage: Stage, logits: Any, name: str) -> Any:
+        order = training.batches(data, plan.batch_size, stage.epochs, seed)
         report = lambda: tick(f"seed {seed}: {name}")
-        return training.fit(model, params, tx, data, order, logits, report)
+        return training.fit(model, params, optimizers[stage.name], data, order, logits, report)
 
-    state = train(teacher, teacher_params, optimizers["dense"], None, "teacher")
+    state = train(teacher, teacher_params, table[0], None, "teacher")
     logits = training.predict(teacher, state.params, data.train_images)
     weights, packed = {None: fresh}, {}
     for stage in table:
         known = logits if stage.distilled else None
-        state = train(student, weights[stage.start], optimizers[stage.name], known, stage.name)
+        state = train(student, weights[stage.start], stage, known, stage.name)
         weights[stage.name] = state.params
         packed[stage.name] = jaxcomp.pack(state.params, state.opt_state)
     return packed

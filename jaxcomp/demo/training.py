@@ -16,7 +16,7 @@ from jaxcomp import distill
 from jaxcomp.demo.data import Dataset
 
 TEMPERATURE = 4.0
-TEACHER_WEIGHT = 0.7
+TEACHER_WEIGHT = 0.3
 
 
 @functools.partial(jax.jit, donate_argnums=0)

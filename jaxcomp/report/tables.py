@@ -52,24 +52,16 @@ def stage_table(rows: Sequence[Row], title: str) -> Any:
     from rich.table import Table
 
     table = Table(title=title)
-    table.add_column("stage")
-    for name in (
-        "accuracy %",
-        "spread",
-        "change",
-        "file bytes",
-        "ratio",
-        "sparsity",
-        "bits/weight",
-    ):
-        table.add_column(name, justify="right")
+    table.add_column("stage", no_wrap=True)
+    for name in ("test %", "min–max", "change", "bytes", "ratio", "zeros", "bits/w"):
+        table.add_column(name, justify="right", no_wrap=True)
     base = mean(rows[0].accuracies)
     for row in rows:
         accuracy, size = mean(row.accuracies), mean(row.file_bytes)
         table.add_row(
             row.name,
             f"{accuracy:.2f}",
-            f"{min(row.accuracies):.2f}–{max(row.accuracies):.2f}",
+            f"{min(row.accuracies):.1f}–{max(row.accuracies):.1f}",
             f"{accuracy - base:+.2f}",
             f"{size:,.0f}",
             f"{4 * row.parameters / size:.1f}×",
