@@ -1,0 +1,103 @@
+"""The hot paths compiled for a TPU v5e and an H100 on a machine that has neither.
+
+Needs the compilers: `pip install -e '.[aot]'` on Linux, and for the GPU
+`pip install --no-deps jax-cuda13-plugin==VERSION jax-cuda13-pjrt==VERSION` of the installed jax.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800
+  clock_rate_ghz: 1.98 device_memory_size: 84942979072
+  shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+PROGRAM = """
+    import sys
+    import jax, jax.numpy as jnp
+    from jax.experimental import topologies
+    from jaxcomp import quantize, share
+    from jaxcomp.kernels.kmeans import fit_codebook, nearest
+    from jaxcomp.kernels.threshold import magnitude_bits, smallest_masks
+    from jaxcomp.quantize import Format
+
+    if sys.argv[1] == "tpu":
+        topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+    else:
+        topology = topologies.get_topology_desc(
+            platform="cuda", topology_name="1x1x1", topology="1x1x1", target_config=sys.argv[2]
+        )
+    chip = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    spec = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=chip)
+    weights, x = spec(1024, 2048), spec(256, 1024)
+
+    def compile(function, *arguments):
+        return jax.jit(function).lower(*arguments).compile()
+
+    def masks(w):
+        return smallest_masks([w], 1_000_000, key=magnitude_bits)[0]
+
+    def train(w, x):
+        return jnp.sum((x @ quantize.fake_quant(w, Format(4))) ** 2)
+
+    programs = {
+        "masks": compile(masks, weights),
+        "kmeans": compile(lambda w: fit_codebook(w, 16), weights),
+        "nearest": compile(nearest, weights, spec(16)),
+        "fake_quant": compile(jax.grad(train), weights, x),
+    }
+    packed = jax.eval_shape(lambda w: quantize.encode(w, Format(4)), spec(1024, 2048))
+    packed = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=chip), packed)
+    programs["decode"] = compile(lambda w, x: x @ w.decode(), packed, x)
+    for name, compiled in programs.items():
+        memory = compiled.memory_analysis()
+        print(name, -1 if memory is None else memory.temp_size_in_bytes, len(compiled.as_text()))
+"""
+
+TARGETS = {"tpu": "libtpu", "cuda": "jax_plugins.xla_cuda13"}
+
+
+def installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_hot_paths_compile(target):
+    if not installed(TARGETS[target]):
+        pytest.skip(f"{TARGETS[target]} is not installed: see the top of this file")
+    # A process of its own: a compiler of another platform cannot be unloaded.
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "XLA_FLAGS": "",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(PROGRAM), target, H100],
+        capture_output=True, text=True, env=environment, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line}
+    assert set(rows) >= {"masks", "kmeans", "nearest", "fake_quant", "decode"}
+    assert all(int(length) > 0 for _, length in rows.values())
+    # The threshold search keeps no copy of the weights (8 MiB) beside them.
+    assert int(rows["masks"][0]) < 1024 * 2048 * 4
