@@ -324,3 +324,24 @@ def test_the_inner_optimizer_sees_nodes_only_where_something_is_learned():
     assert isinstance(shown[0]["first"]["kernel"], Trained)
     assert shown[0]["second"]["kernel"].shape == (8, 4)
     assert shown[0]["first"]["bias"].shape == (8,)
+
+
+def test_the_mask_rides_in_the_optimizers_own_kernels():
+    """A pruned step has the plain step's passes over the weights and none more."""
+
+    def passes(tx, see):
+        params = {"kernel": jnp.ones((512, 256))}
+
+        def step(params, opt_state, x):
+            grads = jax.grad(lambda p: jnp.sum((x @ see(p, opt_state)["kernel"]) ** 2))(params)
+            updates, opt_state = tx.update(grads, opt_state, params)
+            return optax.apply_updates(params, updates), opt_state
+
+        lowered = jax.jit(step).lower(params, tx.init(params), jnp.ones((8, 512)))
+        text = lowered.compile().as_text()
+        entry = text[text.index("ENTRY") :].splitlines()
+        return sum("= f32[512,256]" in line and "fusion(" in line for line in entry)
+
+    plain = passes(optax.adam(0.01), lambda params, opt_state: params)
+    assert plain > 0
+    assert passes(jaxcomp.wrap_optimizer(optax.adam(0.01), pruner()), jaxcomp.compressed) == plain

@@ -286,7 +286,7 @@ def test_a_new_process_loads_it_and_imports_no_unpickler(file):
         "import sys, pickle, builtins, marshal\n"
         "def refuse(*args, **kwargs): raise SystemExit('evaluated something')\n"
         "import jaxcomp.checkpoint, safetensors, constriction, numpy as np\n"
-        "import jax.numpy as jnp; (jnp.zeros(3, jnp.uint8) + 1).astype(jnp.float32)\n"
+        "import jax, jax.numpy as jnp; (jax.device_put(np.zeros(3, np.uint8)) + 1).astype(jnp.float32)\n"
         "pickle.load = pickle.loads = pickle.Unpickler = np.load = refuse\n"
         "builtins.eval = marshal.loads = refuse\n"
         "tree = jaxcomp.checkpoint.load(sys.argv[1])\n"
