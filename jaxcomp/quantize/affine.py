@@ -13,7 +13,8 @@ from jaxcomp.quantize.formats import Format
 from jaxcomp.sharding import automatic, spec_like
 from jaxcomp.tree import check_weight
 
-_TINY = float(jnp.finfo(jnp.float32).tiny)
+# Below half of it XLA flushes weights to zero, which is then still within half a step.
+_TINY = 2.0**-125
 
 
 def find_range(
@@ -41,7 +42,7 @@ def find_range(
         (Array([[0.5]], dtype=float32), None)
     """
     axes = format.reduced_axes(x.shape)
-    wide = _split(x.astype(jnp.float32), format)
+    wide = _split(_widen(x), format)
     steps = format.code_range[1]
     if format.symmetric:
         largest = jnp.max(jnp.abs(wide), axis=axes, keepdims=True)
@@ -68,6 +69,18 @@ def _bounded(scale: jax.Array, reach: jax.Array | int, dtype: jnp.dtype) -> jax.
     multiples = jnp.minimum(jnp.floor(largest / scale * (1 + 2**-18)), reach)
     limit = largest / multiples
     return jnp.where(multiples < reach, limit, jnp.minimum(scale, limit)).astype(jnp.float32)
+
+
+def _widen(x: jax.Array) -> jax.Array:
+    """``x`` in float32, and as it is: XLA would take the unrounded result of an earlier operation.
+
+    It does so with bfloat16 inside ``jit``, for excess precision; the codes would not be those of
+    the weights that the program returns.
+    """
+    wide = x.astype(jnp.float32)
+    if x.dtype != jnp.bfloat16:
+        return wide
+    return jax.lax.reduce_precision(wide, exponent_bits=8, mantissa_bits=7)
 
 
 def _round(x: jax.Array, scale: jax.Array) -> jax.Array:
@@ -113,7 +126,7 @@ def find_codes(
     # Scales may be stored in 16 bits; too few to divide in.
     dtype = jnp.promote_types(scale.dtype, jnp.float32)
     low, high = format.code_range
-    rounded = _round(_split(x.astype(dtype), format), scale.astype(dtype))
+    rounded = _round(_split(_widen(x).astype(dtype), format), scale.astype(dtype))
     if zero_point is not None:
         rounded = rounded + zero_point.astype(rounded.dtype)
     inside = (rounded >= low) & (rounded <= high)
@@ -257,5 +270,6 @@ def _straight_through(x: jax.Array, values: jax.Array, inside: jax.Array) -> jax
 
 @_straight_through.defjvp
 def _straight_through_jvp(primals, tangents):
-    _, values, inside = primals
-    return values, jnp.where(inside, tangents[0], jnp.zeros_like(tangents[0]))
+    # Its own function again, not only the values: second derivatives are straight through too.
+    values = _straight_through(*primals)
+    return values, jnp.where(primals[2], tangents[0], jnp.zeros_like(tangents[0]))

@@ -12,6 +12,8 @@ from jaxcomp.quantize.affine import encode, fake_quant
 from jaxcomp.quantize.checks import check_quantizable
 from jaxcomp.quantize.formats import Format
 
+_LAST_STEP = int(jnp.iinfo(jnp.int32).max)
+
 
 class QuantizeBuffers(NamedTuple):
     """Buffers of :func:`train`.
@@ -39,7 +41,7 @@ def train(format: Format, begin: int = 0) -> Compression:
 
     Raises:
         TypeError: ``format`` is not a :class:`Format`, or ``begin`` not an int.
-        ValueError: ``begin`` is negative.
+        ValueError: ``begin`` is negative, or beyond what an ``int32`` counter reaches.
 
     Example:
         >>> method = train(Format(bits=4))
@@ -51,8 +53,8 @@ def train(format: Format, begin: int = 0) -> Compression:
         raise TypeError(f"format must be a quantize.Format, such as Format(bits=4), not {format!r}")
     if isinstance(begin, bool) or not isinstance(begin, int):
         raise TypeError(f"begin must be an int, the step from which to quantize, not {begin!r}")
-    if begin < 0:
-        raise ValueError(f"begin must be a step from 0 on, not {begin}")
+    if not 0 <= begin <= _LAST_STEP:
+        raise ValueError(f"begin must be a step from 0 to {_LAST_STEP}, not {begin}")
 
     def init(params: Params) -> State:
         for path, leaf in tree_lib.select(params).items():

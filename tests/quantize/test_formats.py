@@ -1,0 +1,139 @@
+"""Formats: what they refuse, and which weights share a scale."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from quantize_reference import GRANULARITIES, name_of
+
+from jaxcomp.quantize import Format, PerChannel, PerGroup, PerTensor
+from jaxcomp.quantize.formats import negative_axis
+
+
+@pytest.fixture(autouse=True)
+def unchecked():
+    """Without the run-time type checks that only the test suite has: users meet our own."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.parametrize("bits", [-1, 0, 1, 9, 16, 10**30])
+def test_bits_out_of_range(bits):
+    with pytest.raises(ValueError, match=f"bits must be 2 to 8, not {bits}"):
+        Format(bits)
+
+
+@pytest.mark.parametrize("bits", ["4", 4.0, True, None, (4,), np.float32(4), jnp.int32(4)])
+def test_bits_of_another_type(bits):
+    with pytest.raises(TypeError, match="bits must be an int from 2 to 8"):
+        Format(bits)
+
+
+@pytest.mark.parametrize("symmetric", [0, 1, "yes", None])
+def test_symmetric_of_another_type(symmetric):
+    with pytest.raises(TypeError, match="symmetric must be True or False"):
+        Format(4, symmetric)
+
+
+@pytest.mark.parametrize("granularity", ["per-tensor", None, PerTensor, 32, (0, -1)])
+def test_granularity_of_another_type(granularity):
+    with pytest.raises(TypeError, match=r"granularity must be PerTensor\(\), PerChannel\(axis\)"):
+        Format(4, granularity=granularity)
+
+
+@pytest.mark.parametrize("axis", ["0", 1.0, True, None, [0, 1], (0, "1"), (0, True)])
+def test_channel_axis_of_another_type(axis):
+    with pytest.raises(TypeError, match="axis must be an int or a tuple of ints"):
+        PerChannel(axis)
+
+
+def test_channels_without_axis():
+    with pytest.raises(ValueError, match=r"use PerTensor\(\)"):
+        PerChannel(())
+
+
+@pytest.mark.parametrize("fields", [("32", -2), (3.0, -2), (True, -2), (4, "0"), (4, (0, 1))])
+def test_group_of_another_type(fields):
+    with pytest.raises(TypeError, match=r"(size|axis) must be an int"):
+        PerGroup(*fields)
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_group_size_out_of_range(size):
+    with pytest.raises(ValueError, match=f"size must be at least 1 weight a group, not {size}"):
+        PerGroup(size)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_code_range(bits):
+    low, high = Format(bits).code_range
+    assert (-low, high) == (2 ** (bits - 1) - 1,) * 2
+    assert Format(bits, symmetric=False).code_range == (0, 2**bits - 1)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=name_of)
+def test_formats_are_values(granularity):
+    format = Format(3, False, granularity)
+    assert len({format, Format(3, False, dataclasses.replace(granularity)), Format(3)}) == 2
+    assert eval(repr(format)) == format
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        format.bits = 4  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.data())
+def test_negative_axis_is_the_same_axis(shape, data):
+    axis = data.draw(st.integers(-len(shape), len(shape) - 1))
+    found = negative_axis(axis, tuple(shape), "x")
+    assert -len(shape) <= found < 0
+    assert found % len(shape) == axis % len(shape)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "shape", "axes", "group"),
+    [
+        (PerTensor(), (3,), (-1,), None),
+        (PerTensor(), (2, 3, 4), (-3, -2, -1), None),
+        (PerChannel(), (3, 4), (-2,), None),
+        (PerChannel(), (3, 3, 8, 16), (-4, -3, -2), None),
+        (PerChannel(0), (3, 4), (-1,), None),
+        (PerChannel((0, -1)), (5, 3, 4), (-2,), None),
+        (PerChannel((-1, 0)), (5, 3, 4), (-2,), None),
+        (PerGroup(3), (6, 4), (-2,), (3, -2)),
+        (PerGroup(3, 0), (6, 4), (-2,), (3, -2)),
+        (PerGroup(4, -1), (6, 4), (-1,), (4, -1)),
+        (PerGroup(1, 2), (6, 4, 2), (-1,), (1, -1)),
+        (PerGroup(2, 1), (6, 4, 2, 2), (-3,), (2, -3)),
+    ],
+    ids=name_of,
+)
+def test_axes_and_groups(granularity, shape, axes, group):
+    format = Format(granularity=granularity)
+    assert format.reduced_axes(shape) == axes
+    assert format.group(shape) == group
+
+
+@pytest.mark.parametrize(
+    ("granularity", "shape", "message"),
+    [
+        (PerTensor(), (), "blocks/0/kernel: a scalar cannot be quantized: leave it out"),
+        (PerChannel(), (), "blocks/0/kernel: a scalar"),
+        (PerGroup(2), (), "blocks/0/kernel: a scalar"),
+        (PerChannel(2), (3, 4), r"blocks/0/kernel: shape \(3, 4\) has no axis 2: aim"),
+        (PerChannel(-3), (3, 4), r"blocks/0/kernel: shape \(3, 4\) has no axis -3"),
+        (PerChannel((0, 5)), (3, 4), r"blocks/0/kernel: shape \(3, 4\) has no axis 5"),
+        (PerGroup(2), (4,), r"blocks/0/kernel: shape \(4,\) has no axis -2"),
+        (PerGroup(4), (6, 4), "blocks/0/kernel: groups of 4 do not divide axis -2 .* divisor of 6"),
+        (PerGroup(8), (4, 4), "blocks/0/kernel: groups of 8 do not divide axis -2"),
+        (PerChannel(), (4,), r"blocks/0/kernel: .* every axis .* use PerTensor\(\)"),
+        (PerChannel((0, -1)), (3, 4), "blocks/0/kernel: .* a scale for each weight"),
+    ],
+    ids=name_of,
+)
+def test_formats_that_do_not_fit(granularity, shape, message):
+    with pytest.raises(ValueError, match=message):
+        Format(granularity=granularity).reduced_axes(shape, "blocks/0/kernel")
