@@ -33,7 +33,7 @@ def fit_codebook(
     Lloyd's algorithm on :func:`jaxcomp.kernels.weighted_points.weighted_points` (exact up to 16,384
     weights, then at most 65,536 bins that follow the values), started from centroids at equal mass
     of density^(1/3) (companding). After each step the two neighbours cheapest to merge give a
-    centroid to the cluster that gains most from a second one, if that lowers the inertia.
+    centroid to the cluster that gains most from a second one, if that pays.
 
     Args:
         x: weights, any floating dtype and shape; computed in float32. May be sharded: counts are
@@ -118,7 +118,12 @@ def _fit(points: WeightedPoints, clusters: int, iterations: int, pin_zero: bool)
     pinned = (points.zeros > 0) & pin_zero
     active = clusters - pinned.astype(jnp.int32)
     centroids = _companded_start(points, clusters, active)
-    centroids = lax.fori_loop(0, iterations, lambda _, c: _step(points, c), centroids)
+
+    def step(i: Array, centroids: Array) -> Array:
+        bold = (i % 5 == 4) & (i < 2 * iterations // 3)
+        return _step(points, centroids, jnp.where(bold, 0.5, 1.0001))
+
+    centroids = lax.fori_loop(0, iterations, step, centroids)
     centroids = jnp.where(points.distinct > 0, centroids, 0.0)
     # One factor could be below the smallest normal float32 where the product is not.
     exponent = points.exponent - 127 - TOP
@@ -147,8 +152,8 @@ def _companded_start(points: WeightedPoints, clusters: int, active: Array) -> Ar
     return jnp.where(entry < active, values[jnp.minimum(place, points.distinct - 1)], jnp.inf)
 
 
-def _step(points: WeightedPoints, centroids: Array) -> Array:
-    """One step of Lloyd's algorithm, then move one centroid if that lowers the inertia."""
+def _step(points: WeightedPoints, centroids: Array, margin: Array) -> Array:
+    """One step of Lloyd's algorithm, then move one centroid if that pays."""
     # Clusters are cut at their midpoints and once more at their centroids, which tells what a
     # second centroid would gain. An empty cluster keeps its centroid.
     clusters = centroids.shape[0]
@@ -165,13 +170,16 @@ def _step(points: WeightedPoints, centroids: Array) -> Array:
     half_mean = jnp.clip(total / jnp.maximum(count, 1), first, last)
     mean = jnp.clip(total.sum(1) / jnp.maximum(count.sum(1), 1), first[:, 0], last[:, 1])
     mean = jnp.where(count.sum(1) > 0, mean, centroids)
-    return mean if clusters < 3 else _move_one(mean, half_mean, count)
+    return mean if clusters < 3 else _move_one(mean, half_mean, count, margin)
 
 
-def _move_one(mean: Array, half_mean: Array, half_count: Array) -> Array:
+def _move_one(mean: Array, half_mean: Array, half_count: Array, margin: Array) -> Array:
     """Merge the cheapest two neighbours and split another cluster in two, if that pays."""
     # Merging clusters of n and m points at distance d raises the inertia by n m / (n + m) d^2, and
-    # splitting lowers it likewise. Square roots are compared, as squares could overflow.
+    # splitting lowers it likewise. Square roots are compared, as squares could overflow. A margin
+    # above 1 keeps rounding from moving a centroid to and fro. Below 1 it makes moves that pay only
+    # once the neighbours have followed: merging two clusters of inertia D costs 6 D at first and
+    # splitting one saves 3/4 D, but where inertias differ twofold, Lloyd's next steps save more.
     entry, count = jnp.arange(mean.shape[0]), half_count.sum(1)
     product = half_count[:, 0] * (half_count[:, 1] / jnp.maximum(count, 1))
     gain = jnp.sqrt(product) * (half_mean[:, 1] - half_mean[:, 0])
@@ -191,8 +199,7 @@ def _move_one(mean: Array, half_mean: Array, half_count: Array) -> Array:
     place = jnp.where(upward, split, split - 1) + np.arange(2)
     moved = moved.at[place].set(half_mean[split])
     moved = moved.at[jnp.where(upward, merge + 1, merge)].set(merged)
-    # The margin keeps rounding from moving a centroid to and fro.
-    return jnp.where(gain[split] > loss[merge] * 1.0001, moved, mean)
+    return jnp.where(gain[split] > loss[merge] * margin, moved, mean)
 
 
 @partial(jax.jit, static_argnames=("pin_zero",))

@@ -31,6 +31,7 @@ class WeightedPoints(NamedTuple):
 
     Attributes:
         values: times 2^(157 - exponent), so that the largest lies in [2^30, 2^31); padded with inf.
+            What is 2^156 times smaller than the largest is 0 in here.
         distinct: how many there are before the padding.
         counts_before: the number of weights before point i, up to ``counts_before[distinct]``.
         sum_before: the sum of these weights, scaled as the values.
