@@ -17,7 +17,6 @@ FORMATS = tuple(Format(*fields) for fields in itertools.product(BITS, (True, Fal
 FEW_FORMATS = (
     Format(2, True, PerTensor()),
     Format(2, False, PerGroup(4, -2)),
-    Format(3, False, PerTensor()),
     Format(4, True, PerChannel(-1)),
     Format(4, False, PerChannel((0, -1))),
     Format(5, True, PerGroup(4, -2)),

@@ -126,9 +126,9 @@ def test_one_sided_weights_use_every_code(data):
             assert codes_of(flipped).min() == 0
 
 
-@pytest.mark.parametrize("shape", [(1,), (1, 1), (4, 2)])
+@pytest.mark.parametrize("shape", [(1,), (4, 2)])
 def test_constant_weights(shape):
-    formats = tuple(Format(bits, s, PerTensor()) for bits in (2, 5, 8) for s in (True, False))
+    formats = tuple(Format(bits, s, PerTensor()) for bits in (2, 8) for s in (True, False))
     for value in (0.0, -0.0, 1.0, -0.37, 3.4e38, -3.4e38, 1e-30, 1e-45, -65504.0):
         x = jnp.asarray(np.full(shape, value, np.float32))
         for leaf in encode_all(formats)(x):

@@ -59,7 +59,6 @@ def test_groups_of_stacked_layers(symmetric):
 
 
 CASES = [
-    ((6, 4), 3, 0, (2, 1, 4)),
     ((6, 4), 2, 1, (6, 2, 1)),
     ((8,), 4, 0, (2, 1)),
     ((2, 6, 4), 3, 1, (2, 2, 1, 4)),
@@ -117,7 +116,6 @@ SHARDED = (
     Format(4, True, PerTensor()),
     Format(8, False, PerChannel(-1)),
     Format(3, False, PerGroup(16, 0)),  # one group over all shards
-    Format(2, True, PerGroup(4, -2)),
     Format(8, True, PerGroup(8, -1)),  # each shard holds a part of two groups
 )
 
