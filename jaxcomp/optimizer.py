@@ -192,7 +192,8 @@ def _seen(stored: jax.Array, effective: jax.Array) -> jax.Array:
 
 @_seen.defjvp
 def _seen_jvp(primals: Any, tangents: Any) -> Any:
-    return primals[1], tangents[0]
+    # Its own function again, not only the value: second derivatives pass through too.
+    return _seen(*primals), tangents[0]
 
 
 def _pull_back(
