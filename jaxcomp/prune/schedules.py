@@ -43,8 +43,8 @@ def cubic(final_sparsity: float, begin: int, end: int, initial_sparsity: float =
         ValueError: a sparsity outside [0, 1), a falling one, or ``end`` before ``begin``.
 
     Example:
-        >>> [round(float(cubic(0.8, begin=0, end=4)(step)), 3) for step in range(5)]
-        [0.0, 0.462, 0.7, 0.788, 0.8]
+        >>> [round(float(cubic(0.8, begin=0, end=4)(step)), 2) for step in range(5)]
+        [0.0, 0.46, 0.7, 0.79, 0.8]
     """
     check_sparsity("final_sparsity", final_sparsity)
     check_sparsity("initial_sparsity", initial_sparsity)
