@@ -36,7 +36,7 @@ CASES = [
     Case("quantize-now", lambda: quantize.train(Format(4))),
     Case("quantize-later", lambda: quantize.train(Format(8, symmetric=False), begin=3)),
     Case("quantize-groups", lambda: quantize.train(Format(3, False, PerGroup(2, axis=-2)))),
-    Case("quantize-tensor", lambda: quantize.train(Format(4, granularity=PerTensor()), begin=2)),
+    Case("quantize-tensor", lambda: quantize.train(Format(2, granularity=PerTensor()), begin=2)),
     Case("share-now", lambda: share.train(5), learns=True),
     Case("share-later", lambda: share.train(8, begin=3), learns=True),
     Case(

@@ -293,7 +293,8 @@ def test_the_one_gradient_is_that_of_apply(case: Case):
 @every_method
 def test_loss_falls(case: Case):
     x, y = methods.batch()
-    params, opt_state = train(setup(case), steps=60)
+    # Slow enough not to throw weights back and forth between the codes of the coarsest formats.
+    params, opt_state = train(make(case.make(), optax.adam(0.02)), steps=60)
     before = methods.loss(methods.params(), x, y)
     assert methods.loss(jaxcomp.compressed(params, opt_state), x, y) < 0.8 * before
 
