@@ -131,6 +131,35 @@ def take(tree: Any, paths: Iterable[str]) -> Leaves:
     return Leaves((path, leaves[path]) for path in paths)
 
 
+def take_like(tree: Any, arrays: Mapping[str, Any]) -> Leaves:
+    """The leaves that a state holds an array for, each of that array's shape.
+
+    Args:
+        tree: any pytree.
+        arrays: the state's arrays by path, such as masks.
+
+    Returns:
+        A selection in the order of ``arrays``.
+
+    Raises:
+        ValueError: a path is missing, or a leaf has another shape.
+
+    Example:
+        >>> take_like({"kernel": jnp.ones((2, 3))}, {"kernel": jnp.ones((3, 2))})
+        Traceback (most recent call last):
+        ...
+        ValueError: kernel: shape (2, 3), but the state was made for (3, 2): pass the parameters ...
+    """
+    leaves = take(tree, arrays)
+    for path, leaf in leaves.items():
+        if leaf.shape != arrays[path].shape:
+            raise ValueError(
+                f"{path}: shape {leaf.shape}, but the state was made for {arrays[path].shape}: "
+                "pass the parameters that `init` was called with"
+            )
+    return leaves
+
+
 def is_weight(path: str, leaf: Any) -> bool:
     """Whether a leaf is compressed by default: matrices, kernels, embeddings; no bias, no norm.
 
@@ -214,7 +243,9 @@ def check_weight(path: str, leaf: Any) -> None:
             f"{path}: shape {tuple(leaf.shape)} has no elements: leave it out with a None rule"
         )
     if isinstance(leaf, (np.ndarray, jax.Array)) and not isinstance(leaf, jax.core.Tracer):
-        bad = int(jnp.sum(~jnp.isfinite(leaf)))
+        # Known weights may be looked at inside a trace too, where they are closed over.
+        with jax.ensure_compile_time_eval():
+            bad = int(jnp.sum(~jnp.isfinite(leaf)))
         if bad:
             raise ValueError(
                 f"{path}: {bad} of {leaf.size} values are NaN or infinite: "

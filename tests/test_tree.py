@@ -137,3 +137,11 @@ def test_the_first_matching_pattern_has_the_path(patterns, paths):
     for path in paths:
         first = [p for p in patterns if path in tree.matching(p, paths)]
         assert found.get(path) == (first[0] if first else None)
+
+
+def test_weights_closed_over_by_a_trace_are_checked_too():
+    good, bad = {"kernel": jnp.ones((2, 3))}, {"kernel": jnp.full((2, 3), jnp.nan)}
+    count = jax.jit(lambda: quantize.train(Format(4)).init(good).buffers.step)()
+    assert int(count) == 0
+    with pytest.raises(ValueError, match="kernel: 6 of 6 values are NaN"):
+        jax.jit(lambda: quantize.train(Format(4)).init(bad).buffers.step)()

@@ -122,7 +122,7 @@ def gradual(
         return State({}, GradualBuffers(jnp.zeros((), jnp.int32), removed, kept))
 
     def apply(params: Params, state: State) -> Params:
-        leaves = _masked_leaves(params, state)
+        leaves = tree_lib.take_like(params, state.buffers.masks)
         zeroed = {
             path: jnp.where(state.buffers.masks[path], leaf, jnp.zeros((), leaf.dtype))
             for path, leaf in leaves.items()
@@ -149,7 +149,7 @@ def gradual(
         return GradualBuffers(jnp.asarray(optax.safe_increment(step)), removed, kept)
 
     def update(params: Params, state: State, grads: Params) -> State:
-        leaves = _masked_leaves(params, state)
+        leaves = tree_lib.take_like(params, state.buffers.masks)
         gradients = None if grads is None else tree_lib.take(grads, leaves)
         return State({}, advance(leaves, gradients, state.buffers))
 
@@ -177,18 +177,6 @@ def _scoped_masks(keys: dict[str, Array], counts: list[Any], scope: Scope) -> di
         path: smallest_masks((key,), count)[0]
         for (path, key), count in zip(keys.items(), counts, strict=True)
     }
-
-
-def _masked_leaves(params: Params, state: State) -> tree_lib.Leaves:
-    """The leaves that the state has masks for, checked against them."""
-    leaves = tree_lib.take(params, state.buffers.masks)
-    for path, leaf in leaves.items():
-        if leaf.shape != state.buffers.masks[path].shape:
-            raise ValueError(
-                f"{path}: shape {leaf.shape}, but its mask has {state.buffers.masks[path].shape}: "
-                "pass the parameters that `init` was called with"
-            )
-    return leaves
 
 
 def _check_scope(scope: str) -> None:

@@ -103,7 +103,7 @@ def train(clusters: int, begin: int = 0) -> Compression:
 
     def apply(params: Params, state: State) -> Params:
         news = {}
-        for path, leaf in _leaves(params, state).items():
+        for path, leaf in tree_lib.take_like(params, state.buffers.indices).items():
             shared = _share(leaf, state.learned[path], state.buffers.indices[path])
             # A static `begin` of 0 spares the select.
             news[path] = jnp.where(state.buffers.step >= begin, shared, leaf) if begin else shared
@@ -120,14 +120,16 @@ def train(clusters: int, begin: int = 0) -> Compression:
 
     def update(params: Params, state: State, grads: Params) -> State:
         del grads
-        return advance(_leaves(params, state), state.learned, state.buffers)
+        return advance(
+            tree_lib.take_like(params, state.buffers.indices), state.learned, state.buffers
+        )
 
     def pack(params: Params, state: State) -> Any:
         if int(state.buffers.step) < begin:
             return params
         news = {
             path: _pack(leaf, state.learned[path], state.buffers.indices[path])
-            for path, leaf in _leaves(params, state).items()
+            for path, leaf in tree_lib.take_like(params, state.buffers.indices).items()
         }
         return tree_lib.replace(params, news)
 
@@ -149,18 +151,6 @@ def _pack(leaf: Array, codebook: Array, indices: Array) -> CodebookArray:
         dtype = jnp.uint8 if len(codebook) <= 256 else jnp.uint16
         indices = jnp.where(zero, 0, indices.astype(jnp.uint32) + 1).astype(dtype)
     return CodebookArray.from_indices(indices, codebook, leaf.dtype)
-
-
-def _leaves(params: Params, state: State) -> tree_lib.Leaves:
-    """The leaves that the state has indices for, checked against them."""
-    leaves = tree_lib.take(params, state.buffers.indices)
-    for path, leaf in leaves.items():
-        if leaf.shape != state.buffers.indices[path].shape:
-            raise ValueError(
-                f"{path}: shape {leaf.shape}, but its indices have "
-                f"{state.buffers.indices[path].shape}: pass the parameters of `init`"
-            )
-    return leaves
 
 
 def _check_clusters(path: str, size: int, clusters: int) -> None:
