@@ -1,0 +1,1 @@
+"""See a model through its jaxpr."""
