@@ -82,7 +82,7 @@ class Op:
 
 
 class Link(NamedTuple):
-    """A value outside a body and the same value inside; ``stacked`` if only a slice goes in or out."""
+    """A value outside a body and the same one inside; ``stacked`` if slices go in or out."""
 
     outer: Value
     inner: Value
