@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxcomp.model.axes import Flow
 from jaxcomp.model.dims import Dim, Dims, atoms, describe, find, positions
-from jaxcomp.model.flow import Flow, follow
+from jaxcomp.model.flow import follow
 from jaxcomp.model.law import Widths, hold
 from jaxcomp.model.program import Program, read
 
@@ -77,7 +78,7 @@ class Coupling(NamedTuple):
 def couple(
     apply_fn: Callable[..., Any], params: Any, *inputs: Any, renormalize: bool = False
 ) -> tuple[ChannelGroup, ...]:
-    """Find which slices of which leaves must be removed together.
+    r"""Find which slices of which leaves must be removed together.
 
     Read from the data flow of the traced function, so for any model: nothing is called by name.
     What cannot be followed is fixed, with the operation named; so are the axes of the model's
@@ -106,7 +107,7 @@ def couple(
         ...     return jax.nn.relu(x @ p["w0"] + p["b0"]) @ p["w1"]
         >>> params = {"w0": jnp.ones((3, 8)), "b0": jnp.ones(8), "w1": jnp.ones((8, 2))}
         >>> groups = couple(mlp, params, jnp.ones((1, 3)))
-        >>> print(*(group for group in groups if not group.fixed), sep="\\n")
+        >>> print(*(group for group in groups if not group.fixed), sep="\n")
         w0[1]: 8 channels, can be cut
           w0 axis 1
           w1 axis 0: custom_jvp_call, dot_general

@@ -1,15 +1,15 @@
 """Axes that remember what they are made of: the algebra under channel coupling.
 
 An array's axis is a :class:`Dim`. A dim is an *atom* (channels that may come and go one by one), a
-*product* of dims (the axis that a reshape made of heads × head size, row-major), or a *concatenation*
-(the axis that ``concatenate`` or ``split`` sees). Two axes that must agree channel by channel are
-united; when one of them has more structure than the other, the other takes it on. So an atom that a
-later reshape splits into 4 × 8 is split everywhere it was ever used, and a cut of one factor means
-the same channels in every array.
+*product* of dims (what a reshape made of heads × head size, row-major), or a *concatenation* (what
+``concatenate`` or ``split`` sees). Two axes that must agree channel by channel are united; when one
+of them has more structure than the other, the other takes it on. So an atom that a later reshape
+splits into 4 × 8 is split everywhere it was ever used, and a cut of one factor means the same
+channels in every array.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 

@@ -12,20 +12,22 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
+from jaxcomp.model.axes import Flow
+from jaxcomp.model.axis_rules import ELEMENTWISE, REDUCTIONS, SCATTERS, SIDE_BY_SIDE, conv_axes
 from jaxcomp.model.dims import Dim, atoms, find
-from jaxcomp.model.flow import ELEMENTWISE, REDUCTIONS, Flow, conv_axes
 from jaxcomp.model.program import Block, Op, Program, Value, wirings
 
 _MOST_CONSTANTS = 1 << 22
 # These hand their input's content on, whatever they do with its axes.
-_LAYOUT = frozenset(
-    """
-    broadcast_in_dim concatenate dynamic_slice dynamic_update_slice expand_dims gather reshape rev
-    slice sort split squeeze transpose
-    """.split()
-)
+_LAYOUT_NAMES = """
+    bitcast_convert_type broadcast_in_dim concatenate dynamic_slice dynamic_update_slice expand_dims
+    gather reshape rev slice sort split squeeze stack tile transpose unstack
+"""
+_LAYOUT = frozenset(_LAYOUT_NAMES.split())
 
 
 class Unknown(enum.Enum):
@@ -129,6 +131,8 @@ class _Law:
                 self._elementwise(op)
             elif op.name in _LAYOUT:
                 self._layout(op)
+            elif op.name in SCATTERS:
+                self._scatter(op)
             elif op.name == "pad":
                 self._pad(op)
             elif op.name in REDUCTIONS:
@@ -182,7 +186,7 @@ class _Law:
         return Unknown.FINITE if contents.uniform is None else contents.uniform
 
     def _elementwise(self, op: Op) -> None:
-        if op.name == "optimization_barrier":
+        if op.name in SIDE_BY_SIDE:
             for value, result in zip(op.inputs, op.outputs, strict=True):
                 self.contents[result] = self.of(value)
             return
@@ -265,6 +269,15 @@ class _Law:
                 contents[0].summed if single else None,
             )
 
+    def _scatter(self, op: Op) -> None:
+        operand, _, updates = op.inputs
+        at: dict[Dim, Content] = {}
+        for atom in self.atoms(op.outputs[0]):
+            content = _join(self._at(operand, atom), self._at(updates, atom))
+            kept = content in (0.0, Unknown.WILD) or op.name == "scatter"
+            at[atom] = content if kept else Unknown.FINITE
+        self.contents[op.outputs[0]] = Contents(at)
+
     def _pad(self, op: Op) -> None:
         (result,) = op.outputs
         filler = self._at(op.inputs[1], Dim(0))
@@ -337,11 +350,9 @@ def _join(first: Content, second: Content) -> Content:
 
 def _uniform(constant: Any) -> float | None:
     """The number that a constant holds everywhere, if it is one real number."""
-    if constant is None or jax.dtypes.issubdtype(
-        getattr(constant, "dtype", None), jax.dtypes.extended
-    ):
+    if constant is None or isinstance(constant, Tracer):
         return None
-    if isinstance(constant, jax.core.Tracer):
+    if jnp.issubdtype(getattr(constant, "dtype", np.float32), jax.dtypes.extended):
         return None
     array = np.asarray(constant)
     if not 0 < array.size <= _MOST_CONSTANTS or array.dtype.kind == "c":

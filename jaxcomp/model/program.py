@@ -12,12 +12,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex
-import numpy as np
 
 from jaxcomp import tree as tree_lib
 
-_CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "core_closed_call", "xla_call"})
-_LOOPS = frozenset({"scan", "while", "cond"})
+_CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "core_closed_call", "composite"})
 # Functions with a rule of their own, or marked for rematerialization: kept whole, with one body.
 _WRAPPERS = {
     "custom_jvp_call": "call_jaxpr",
@@ -253,11 +251,11 @@ class _Reader:
         open_jaxpr = _open(jaxpr)
         values = dict(zip(open_jaxpr.invars, inputs, strict=True))
         for var, constant in zip(open_jaxpr.constvars, _consts(jaxpr), strict=True):
-            values[var] = Value(tuple(var.aval.shape), var.aval.dtype, constant)
+            values[var] = _value(var, constant)
 
         def value(atom: Any) -> Value:
             if isinstance(atom, jex.Literal):
-                return Value(tuple(np.shape(atom.val)), atom.aval.dtype, atom.val)
+                return _value(atom, atom.val)
             return values[atom]
 
         for eqn in open_jaxpr.eqns:
@@ -294,8 +292,9 @@ def _consts(jaxpr: Any) -> tuple[Any, ...]:
     return tuple(getattr(jaxpr, "consts", ()))
 
 
-def _value(var: Any) -> Value:
-    return Value(tuple(var.aval.shape), getattr(var.aval, "dtype", None))
+def _value(var: Any, constant: Any = None) -> Value:
+    aval = var.aval
+    return Value(tuple(getattr(aval, "shape", ())), getattr(aval, "dtype", None), constant)
 
 
 def _join(outer: str, inner: str) -> str:

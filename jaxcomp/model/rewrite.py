@@ -123,14 +123,13 @@ def _assign(dim: Dim, mask: np.ndarray, keep: dict[Dim, np.ndarray], where: str)
         grid = mask.reshape([find(factor).size for factor in dim.factors])
         for i, factor in enumerate(dim.factors):
             others = tuple(j for j in range(grid.ndim) if j != i)
-            _assign(factor, grid.any(others), keep, where)
+            _assign(factor, np.asarray(grid.any(others)), keep, where)
         if (kept(dim, keep) != mask).any():
             raise ValueError(f"{where}: the kept positions are not whole units of {dim}")
-    elif dim.size > 1:
-        if (keep.setdefault(dim, mask) != mask).any():
-            raise ValueError(
-                f"{where}: another leaf keeps other channels, but this function ties the two"
-            )
+    elif dim.size > 1 and (keep.setdefault(dim, mask) != mask).any():
+        raise ValueError(
+            f"{where}: another leaf keeps other channels, but this function ties the two"
+        )
 
 
 def _check_leaves(params: Any, cut: _Cut) -> list[Any]:
@@ -304,6 +303,11 @@ def _split(cut: _Cut, op: Op) -> dict[str, Any]:
     return {"sizes": tuple(_shape(cut, value)[axis] for value in op.outputs)}
 
 
+def _tile(cut: _Cut, op: Op) -> dict[str, Any]:
+    sizes = zip(_shape(cut, op.outputs[0]), _shape(cut, op.inputs[0]), strict=True)
+    return {"reps": tuple(after // before if before else 1 for after, before in sizes)}
+
+
 def _conv(cut: _Cut, op: Op) -> dict[str, Any]:
     numbers = op.params["dimension_numbers"]
     channels = _shape(cut, op.inputs[0])[numbers.lhs_spec[1]]
@@ -318,6 +322,7 @@ _SMALLER: dict[str, Callable[[_Cut, Op], dict[str, Any]]] = {
     "pad": _pad,
     "reshape": _size_params("new_sizes"),
     "split": _split,
+    "tile": _tile,
 }
 
 
