@@ -3,8 +3,8 @@
 from typing import Any
 
 from jaxcomp.model import trails as trail_lib
+from jaxcomp.model.cost import ELEMENTWISE
 from jaxcomp.model.program import Op
-from jaxcomp.model.sides import ELEMENTWISE
 from jaxcomp.model.trails import FOREIGN, Trail
 
 

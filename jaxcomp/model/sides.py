@@ -6,28 +6,13 @@ from typing import Any
 import numpy as np
 
 from jaxcomp.model import trails as trail_lib
+from jaxcomp.model.cost import ELEMENTWISE, REDUCTIONS
 from jaxcomp.model.program import Op, Value
 from jaxcomp.model.trails import Trail
 
 # Of a value: None if it depends on the model's inputs, else the leaves in it (none: a constant).
 State = tuple[Trail, ...] | None
 
-ELEMENTWISE = frozenset(
-    """
-    abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil
-    clamp clz complex conj convert_element_type copy copy_p cos cosh digamma div eq erf
-    erf_inv erfc exp exp2 expm1 floor ge gt igamma igammac imag integer_pow is_finite
-    layout_constraint le lgamma log log1p logistic lt max mesh_cast min mul name ne neg
-    nextafter not optimization_barrier or pcast pmax pmin population_count pow psum psum2
-    psum_invariant pvary real reduce_precision regularized_incomplete_beta rem reshard round
-    rsqrt select_n sharding_constraint shift_left shift_right_arithmetic shift_right_logical
-    sign sin sinh sqrt square stop_gradient sub tan tanh xor zeta
-    """.split()  # noqa: SIM905 (a table reads better)
-)
-_REDUCTIONS = frozenset(
-    {f"reduce_{name}" for name in ("sum", "max", "min", "prod", "and", "or", "xor")}
-    | {"argmax", "argmin"}
-)
 _States = tuple[State, ...]
 
 
@@ -51,10 +36,10 @@ def follow(op: Op, states: _States) -> tuple[State, ...] | None:
         return None
     if op.name in ELEMENTWISE:
         shape = op.outputs[0].shape
-        kept = [trail_lib.scatter_scalar(t, shape) for state in states for t in state or ()]
+        kept = [trail_lib.spread(t, shape) for state in states for t in state or ()]
         return tuple(trail_lib.settle(kept) for _ in op.outputs)
     rule = _RULES.get(op.name)
-    if rule is None and op.name in _REDUCTIONS:
+    if rule is None and op.name in REDUCTIONS:
         rule = _reduce
     if rule is None:
         return None
@@ -107,7 +92,7 @@ def _dynamic_slice(op: Op, states: _States) -> Any:
     # A parameter that says where to look (or how much to shift) has no axes left in the result.
     indices = [trail for state in states[1:] for trail in state or ()]
     shape = op.outputs[0].shape
-    return [row + [trail_lib.scatter_scalar(trail, shape) for trail in indices] for row in rows]
+    return [row + [trail_lib.spread(trail, shape) for trail in indices] for row in rows]
 
 
 def _known_start(value: Value) -> int | None:
@@ -162,7 +147,7 @@ def _pad(op: Op, states: _States) -> Any:
             trail = trail_lib.embed(found, axis, max(0, low), output.shape[axis])
         return trail
 
-    filling = [trail_lib.scatter_scalar(trail, output.shape) for trail in states[1] or ()]
+    filling = [trail_lib.spread(trail, output.shape) for trail in states[1] or ()]
     return [[*map(change, states[0] or ()), *filling]]
 
 
@@ -222,7 +207,7 @@ def _gather(op: Op, states: _States) -> Any:
         )
         trail = trail._replace(axes=axes)
         row.append(trail_lib.broadcast(trail, output.shape, numbers.offset_dims))
-    return [row + [trail_lib.scatter_scalar(t, output.shape) for t in states[1] or ()]]
+    return [row + [trail_lib.spread(t, output.shape) for t in states[1] or ()]]
 
 
 _RULES: dict[str, Callable[[Op, _States], Any]] = {

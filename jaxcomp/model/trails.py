@@ -230,10 +230,11 @@ def cut(trail: Trail, axis: int, start: int | None, count: int, step: int = 1) -
 
 def _cut_somewhere(trail: Trail, axis: int, count: int) -> Trail:
     digits = trail.axes[axis]
-    if len(digits) > 1 or digits[0].inside:
+    first, rest = _first(digits)
+    if rest or first.inside:
         return _lose(trail, axis, count)
     vague = trail.vague | leaf_axes(digits)
-    return _with(trail, axis, (digits[0]._replace(size=count),))._replace(vague=vague)
+    return _with(trail, axis, (first._replace(size=count),))._replace(vague=vague)
 
 
 def _cut_inside(trail: Trail, axis: int, start: int, count: int, step: int) -> Trail | None:
@@ -315,10 +316,13 @@ def leave_loop(trail: Trail, loop: int, trips: int) -> Trail:
     return trail._replace(axes=(leading, *trail.axes), stacked=stacked)
 
 
-def scatter_scalar(trail: Trail, shape: Sequence[int]) -> Trail:
-    """The trail after an element-wise operation with a result of ``shape``."""
+def spread(trail: Trail, shape: Sequence[int]) -> Trail:
+    """The trail after an element-wise operation with a result of ``shape``.
+
+    Scalars and axes of size 1 are broadcast by the operation itself.
+    """
     if len(trail.axes) == len(shape):
-        return trail
+        return broadcast(trail, shape, range(len(shape)))
     gone = drop(trail, [digit for axis in trail.axes for digit in axis])
     return gone._replace(axes=tuple(map(foreign, shape)))
 

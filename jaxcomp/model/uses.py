@@ -130,6 +130,29 @@ def find_uses(program: Program) -> tuple[Use, ...]:
     return tuple(walker.uses)
 
 
+def live_ops(block: Block) -> tuple[Op, ...]:
+    """The operations of a block that its outputs, or the world outside, depend on.
+
+    Args:
+        block: of a program; all its outputs count as wanted.
+
+    Example:
+        >>> from jaxcomp.model.program import read
+        >>> def model(w, x):
+        ...     unused = x @ w
+        ...     return x + 1
+        >>> [op.name for op in live_ops(read(model, np.ones((2, 2)), np.ones((2, 2))).block)]
+        ['add']
+    """
+    wanted, kept = set(block.outputs), []
+    for op in reversed(block.ops):
+        # Without outputs an operation is there for what it does: printing, calling back.
+        if not op.outputs or not wanted.isdisjoint(op.outputs):
+            kept.append(op)
+            wanted.update(op.inputs)
+    return tuple(reversed(kept))
+
+
 class _Walker:
     """Follows every value through a program; ``states`` says what each depends on."""
 
@@ -141,7 +164,7 @@ class _Walker:
         return self.states.get(value, ())
 
     def block(self, block: Block, trips: int | None, report: bool) -> None:
-        for op in block.ops:
+        for op in live_ops(block):
             if op.blocks:
                 self.nested(op, trips, report)
                 continue
@@ -167,7 +190,7 @@ class _Walker:
         leaving: list[list[State]] = [[] for _ in op.outputs]
         absorbed: set[int] = set()
         for wiring in wirings(op):
-            inside = _times(trips, _devices(op) if op.name == "shard_map" else wiring.trips)
+            inside = _times(trips, devices(op) if op.name == "shard_map" else wiring.trips)
             self.enter(op, wiring)
             absorbed |= self.turn(op, wiring, inside)
             if report:
@@ -281,7 +304,8 @@ def _split(op: Op, spec: Any, rank: int) -> list[int]:
     return [math.prod(sizes[n] for n in group) for group in names] + [1] * (rank - len(names))
 
 
-def _devices(op: Op) -> int:
+def devices(op: Op) -> int:
+    """How many devices run the body of a ``shard_map`` on parts of their own."""
     sizes = dict(op.params["mesh"].shape)
     manual = op.params.get("newly_manual_axes", op.params.get("manual_axes", sizes))
     return math.prod(sizes[name] for name in manual)
