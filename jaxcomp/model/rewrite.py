@@ -11,7 +11,7 @@ from jaxcomp.model.couple import Coupling, analyse
 from jaxcomp.model.dims import Dim, atoms, find, kept
 from jaxcomp.model.program import Block, Op, Value, read, walk, wirings
 
-# Kept positions of each axis of each leaf: booleans, or None where the whole axis stays.
+# By path, the positions of each axis that stay; None where the whole axis does.
 Kept = Mapping[str, Sequence[np.ndarray | None]]
 
 
@@ -37,7 +37,7 @@ def rewrite(
         apply_fn: a function of ``(params, *inputs)``; that which was cut, or another one of the
             same parameters, such as the training step's.
         params: the full-size parameters; only their shapes and dtypes are used.
-        cut: which positions of each leaf's axes stay, by path.
+        cut: by path, for each axis the positions that stay, ascending; None for all.
         renormalize: allow cuts that change a mean or maximum over channels; a mean is then taken
             over those that remain.
 
@@ -47,7 +47,7 @@ def rewrite(
 
     Example:
         >>> full = {"w0": jnp.ones((3, 8)), "w1": jnp.ones((8, 2))}
-        >>> keep = np.arange(8) < 6
+        >>> keep = np.array([0, 1, 2, 4, 6, 7])
         >>> smaller = rewrite(
         ...     lambda p, x: x @ p["w0"] @ p["w1"], full, {"w0": (None, keep), "w1": (keep, None)}
         ... )
@@ -99,9 +99,11 @@ def _cut(coupling: Coupling, cut: Kept) -> _Cut:
     """Say for every atom which units stay, from what stays of the leaves."""
     keep: dict[Dim, np.ndarray] = {}
     for path, value in coupling.program.leaves.items():
-        masks = cut.get(path, (None,) * len(value.shape))
-        for axis, (dim, mask) in enumerate(zip(coupling.flow.of(value), masks, strict=True)):
-            mask = np.ones((dim.size,), bool) if mask is None else np.asarray(mask, bool)
+        staying = cut.get(path, (None,) * len(value.shape))
+        for axis, (dim, stay) in enumerate(zip(coupling.flow.of(value), staying, strict=True)):
+            mask = np.full((dim.size,), stay is None)
+            if stay is not None:
+                mask[stay] = True
             _assign(dim, mask, keep, f"{path} axis {axis}")
     for atom in [atom for atom, mask in keep.items() if mask.all()]:
         del keep[atom]

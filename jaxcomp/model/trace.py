@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from jaxcomp import tree as tree_lib
-from jaxcomp.model.cost import NOTHING, Cost, is_counted, op_cost
-from jaxcomp.model.program import Block, Op, read, wirings
-from jaxcomp.model.uses import Use, devices, find_uses, live_ops
+from jaxcomp.model.cost import NOTHING, Cost
+from jaxcomp.model.program import read
+from jaxcomp.model.tally import Tally, cost_of
+from jaxcomp.model.uses import Use, find_uses
 
 # Which uses say what a leaf's axes are for, where it has several kinds.
 _TELLING = (("dot", "conv", "gather"), ("elementwise",), ("other",))
@@ -181,7 +182,7 @@ def trace(apply_fn: Callable[..., Any], params: Any, *inputs: Any) -> ModelTrace
         )
         for path, value in program.leaves.items()
     }
-    tally = _Tally()
+    tally = Tally()
     total = tally.block(program.block)
     return ModelTrace(
         leaves=leaves,
@@ -196,45 +197,7 @@ def trace(apply_fn: Callable[..., Any], params: Any, *inputs: Any) -> ModelTrace
 def _use_cost(use: Use) -> Cost:
     if use.op.blocks or use.op.name == "output":
         return NOTHING
-    return _cost(use.op).times(1 if use.trips is None else use.trips)
-
-
-def _cost(op: Op) -> Cost:
-    return op_cost(
-        op.name,
-        op.params,
-        [value.shape for value in op.inputs],
-        [value.shape for value in op.outputs],
-        [value.dtype for value in op.inputs],
-        [value.dtype for value in op.outputs],
-    )
-
-
-class _Tally:
-    """Adds up a program, and notes what the sum assumes."""
-
-    def __init__(self) -> None:
-        self.uncounted: dict[str, int] = {}
-        self.notes: list[str] = []
-
-    def block(self, block: Block) -> Cost:
-        return sum((self.op(op) for op in live_ops(block)), NOTHING)
-
-    def op(self, op: Op) -> Cost:
-        if not op.blocks:
-            if not is_counted(op.name):
-                self.uncounted[op.name] = self.uncounted.get(op.name, 0) + 1
-            return _cost(op)
-        bodies = [self.block(wiring.block) for wiring in wirings(op)]
-        if op.name == "cond":
-            if len(set(bodies)) > 1:
-                self.notes.append(f"{op}: the dearest of {len(bodies)} branches is counted")
-            return max(bodies, key=lambda cost: (cost.flops, cost.bytes))
-        if op.name == "while":
-            self.notes.append(f"{op}: unknown number of turns, counted per iteration")
-        times = devices(op) if op.name == "shard_map" else 1
-        turns = [1 if wiring.trips is None else wiring.trips for wiring in wirings(op)]
-        return sum((b.times(n * times) for b, n in zip(bodies, turns, strict=True)), NOTHING)
+    return cost_of(use.op).times(1 if use.trips is None else use.trips)
 
 
 _TITLES = ("leaf", "shape", "operation", "axes", "times", "FLOPs", "MACs", "bytes")

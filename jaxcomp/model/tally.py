@@ -1,0 +1,68 @@
+"""The cost of a whole program, at its own shapes or at smaller ones."""
+
+from collections.abc import Callable
+
+from jaxcomp.model.cost import NOTHING, Cost, is_counted, op_cost
+from jaxcomp.model.program import Block, Op, Value, wirings
+from jaxcomp.model.uses import devices, live_ops
+
+Shape = Callable[[Value], tuple[int, ...]]
+
+
+def full_shape(value: Value) -> tuple[int, ...]:
+    """The shape that a value was traced with."""
+    return value.shape
+
+
+def cost_of(op: Op, shape: Shape = full_shape) -> Cost:
+    """The cost of one operation without its bodies.
+
+    Args:
+        op: the operation.
+        shape: the shape of each value.
+
+    Returns:
+        Its cost.
+    """
+    return op_cost(
+        op.name,
+        op.params,
+        [shape(value) for value in op.inputs],
+        [shape(value) for value in op.outputs],
+        [value.dtype for value in op.inputs],
+        [value.dtype for value in op.outputs],
+    )
+
+
+class Tally:
+    """Adds up a program, and notes what the sum assumes.
+
+    Attributes:
+        uncounted: operations whose FLOPs are not known, and how many of each there are.
+        notes: what the sum assumes: unknown loops, branches.
+    """
+
+    def __init__(self, shape: Shape = full_shape) -> None:
+        self.uncounted: dict[str, int] = {}
+        self.notes: list[str] = []
+        self._shape = shape
+
+    def block(self, block: Block) -> Cost:
+        """The cost of a block, with the bodies of its loops as often as they run."""
+        return sum((self._op(op) for op in live_ops(block)), NOTHING)
+
+    def _op(self, op: Op) -> Cost:
+        if not op.blocks:
+            if not is_counted(op.name):
+                self.uncounted[op.name] = self.uncounted.get(op.name, 0) + 1
+            return cost_of(op, self._shape)
+        bodies = [self.block(wiring.block) for wiring in wirings(op)]
+        if op.name == "cond":
+            if len(set(bodies)) > 1:
+                self.notes.append(f"{op}: the dearest of {len(bodies)} branches is counted")
+            return max(bodies, key=lambda cost: (cost.flops, cost.bytes))
+        if op.name == "while":
+            self.notes.append(f"{op}: unknown number of turns, counted per iteration")
+        times = devices(op) if op.name == "shard_map" else 1
+        turns = [1 if wiring.trips is None else wiring.trips for wiring in wirings(op)]
+        return sum((b.times(n * times) for b, n in zip(bodies, turns, strict=True)), NOTHING)
