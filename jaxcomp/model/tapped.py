@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxcomp.model.program import Block, Op, Program, Value, wirings
+from jaxcomp.model.program import Block, Op, Program, Value, Wiring, wirings
 
 # Bodies that run exactly once a visit, in the caller's own terms.
 _INLINE = frozenset({"custom_jvp_call", "custom_vjp_call", "remat2", "checkpoint"})
@@ -189,3 +189,68 @@ def _typed(values: Sequence[Any], like: Sequence[Value]) -> list[Any]:
         jnp.asarray(value, dtype=of.dtype) if of.constant is not None else value
         for value, of in zip(values, like, strict=True)
     ]
+
+
+class Walk(NamedTuple):
+    """How a leaf comes to a value.
+
+    Attributes:
+        loops: the ``scan`` operations that hand out slices of it, outermost first.
+        outside: names of the operations on the way to the innermost of these loops.
+        inside: names of the operations after that.
+    """
+
+    loops: tuple[Op, ...] = ()
+    outside: frozenset[str] = frozenset()
+    inside: frozenset[str] = frozenset()
+
+
+def walks(program: Program, path: str) -> dict[Value, Walk]:
+    """For every value that a leaf has to do with: which loops walk the leaf on the way there.
+
+    Args:
+        program: from :func:`jaxcomp.model.program.read`.
+        path: the leaf's.
+    """
+    found = {program.leaves[path]: Walk()}
+
+    def meet(value: Value, walk: Walk) -> bool:
+        """Note one more way to a value; whether that is news."""
+        old = found.get(value)
+        if old is not None:
+            walk = Walk(
+                (*old.loops, *(loop for loop in walk.loops if loop not in old.loops)),
+                old.outside | walk.outside,
+                old.inside | walk.inside,
+            )
+        found[value] = walk
+        return walk != old
+
+    def visit(block: Block) -> None:
+        for op in block.ops:
+            for wiring in wirings(op) if op.blocks else ():
+                enter(op, wiring)
+            if not op.blocks:
+                for walk in [found[value] for value in op.inputs if value in found]:
+                    for output in op.outputs:
+                        meet(output, walk._replace(inside=walk.inside | {op.name}))
+
+    def enter(op: Op, wiring: Wiring) -> None:
+        for link in wiring.enter:
+            if link.outer in found:
+                walk = found[link.outer]
+                if link.stacked:
+                    walk = Walk((*walk.loops, op), walk.outside | walk.inside)
+                meet(link.inner, walk)
+        visit(wiring.block)
+        again = [meet(before, found[after]) for after, before in wiring.carry if after in found]
+        if any(again):
+            visit(wiring.block)
+        for link in wiring.leave:
+            if link.inner in found:
+                walk = found[link.inner]
+                loops = tuple(loop for loop in walk.loops if loop is not op)
+                meet(link.outer, Walk(loops, walk.outside, walk.inside | {op.name}))
+
+    visit(program.block)
+    return found
