@@ -85,8 +85,10 @@ _WINDOWED = frozenset({"reduce_window_sum", "reduce_window_max", "reduce_window_
 # Only move things about, and read no more than they return.
 _VIEWS = frozenset({"reshape", "squeeze", "expand_dims"})
 _PICKS = frozenset({"slice", "dynamic_slice", "gather", "split"})
-_WRITES = frozenset({"dynamic_update_slice", "scatter", "scatter_set"})
-_SCATTERS = frozenset({"scatter-add", "scatter-mul", "scatter-min", "scatter-max", "scatter_add"})
+_SCATTERS = frozenset(
+    {f"scatter{mark}{name}" for mark in "-_" for name in ("add", "sub", "mul", "min", "max")}
+)
+_WRITES = frozenset({"dynamic_update_slice", "scatter"}) | _SCATTERS
 _MOVES = frozenset(
     {"all_gather", "all_gather_invariant", "all_to_all", "axis_index", "broadcast_in_dim"}
     | {"concatenate", "bitcast_convert_type", "iota", "pad", "ppermute", "rev", "transpose"}
@@ -133,8 +135,7 @@ def is_counted(name: str) -> bool:
         (True, False)
     """
     return (
-        name
-        in ELEMENTWISE | REDUCTIONS | _VIEWS | _PICKS | _WRITES | _SCATTERS | _MOVES | _WINDOWED
+        name in ELEMENTWISE | REDUCTIONS | _VIEWS | _PICKS | _WRITES | _MOVES | _WINDOWED
         or name in _PER_RUNNING
         or name in {"dot_general", "conv_general_dilated", "ragged_dot_general", "sort", "top_k"}
     )
@@ -197,12 +198,23 @@ def _arithmetic(
         return made * flops, made * transcendentals
     if name in _WINDOWED:
         return made * (math.prod(params["window_dimensions"]) - 1), 0
-    if name in _SCATTERS:
-        return math.prod(inputs[2]), 0
+    if name == "gather" or name.startswith("scatter"):
+        combined = math.prod(inputs[2]) if name in _SCATTERS else 0
+        return combined + _bounds(name, params, inputs[1], made), 0
     if name in {"sort", "top_k"}:
         count = math.prod(inputs[0])
         return count * max(0, count - 1).bit_length(), 0
     return 0, 0
+
+
+def _bounds(name: str, params: Mapping[str, Any], indices: tuple[int, ...], made: int) -> int:
+    """What it takes to keep the indices of a gather or scatter within the array."""
+    mode = getattr(params.get("mode"), "name", "")
+    count = math.prod(indices)
+    if name == "gather" and mode == "FILL_OR_DROP":
+        # Two comparisons and their conjunction for each, one verdict a row, one choice an element.
+        return 4 * count - math.prod(indices[:-1]) + made
+    return count if name != "gather" and mode == "CLIP" else 0
 
 
 def _multiplications(exponent: int) -> int:
