@@ -122,8 +122,8 @@ def group_norm(draw: Draw, shape: Shape) -> Made | None:
 
 def convolve(draw: Draw, shape: Shape) -> Made:
     c, rank = shape[-1], len(shape) - 2
-    groups = divisor(draw, c, least=1) if draw(st.booleans()) else 1
-    features = (groups or 1) * pick(draw, 2, 1, 3)
+    groups = divisor(draw, c, least=1) or 1 if draw(st.booleans()) else 1
+    features = groups * pick(draw, 2, 1, 3)
     size, stride = pick(draw, 3, 1, 2), pick(draw, 1, 1, 2)
     letters, first = "HW"[:rank], draw(st.booleans())
     layout = ("NC" + letters, "OI" + letters) if first else ("N" + letters + "C", letters + "IO")

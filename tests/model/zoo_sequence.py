@@ -208,7 +208,7 @@ def plain_scan() -> Case:
 
 
 class Recurrent(nn.Module):
-    cell: type[nn.RNNCellBase]
+    cell: Callable[..., nn.RNNCellBase]
 
     @nn.compact
     def __call__(self, x):
