@@ -5,7 +5,7 @@ optimization: a multiply-accumulate is two, a convolution counts the positions t
 and not those on its padding, an element-wise operation one for each element, a reduction one for
 each element that it takes away. ``exp``, ``tanh``, ``sqrt`` and their like are *transcendentals*,
 not FLOPs; an operation that XLA spells out in simpler ones (``erfc``, ``logistic``, ``sinh``) costs
-what its float32 spelling does. Four things differ from XLA on purpose:
+what its float32 spelling in JAX 0.10 does. What differs from XLA on purpose:
 
 - a cumulative sum is one for each element; XLA counts the window that its CPU lowering makes of it,
   which grows with the square of the length;
@@ -42,8 +42,8 @@ _PER_ELEMENT: dict[str, tuple[int, int]] = {
     ),
     **dict.fromkeys(
         """
-        copy copy_p layout_constraint mesh_cast name optimization_barrier pcast pvary reshard
-        sharding_constraint stop_gradient
+        copy copy_p device_put layout_constraint mesh_cast name optimization_barrier pcast pvary
+        reshard sharding_constraint stop_gradient
         """.split(),  # noqa: SIM905
         (0, 0),
     ),

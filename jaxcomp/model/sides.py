@@ -13,6 +13,8 @@ from jaxcomp.model.trails import Trail
 # Of a value: None if it depends on the model's inputs, else the leaves in it (none: a constant).
 State = tuple[Trail, ...] | None
 
+# As many outputs as inputs, each the same value.
+_BUNDLES = frozenset({"optimization_barrier", "device_put"})
 _States = tuple[State, ...]
 
 
@@ -27,7 +29,7 @@ def follow(op: Op, states: _States) -> tuple[State, ...] | None:
         The states of its outputs; None if it is a use: weights meet data there, or they meet an
         operation that has no rule.
     """
-    if op.name == "optimization_barrier":
+    if op.name in _BUNDLES:
         return states
     weights = [i for i, state in enumerate(states) if state]
     if not weights:
@@ -52,8 +54,13 @@ def _rows(op: Op, state: State, change: Callable[[Trail, Value], Trail | None]) 
     return [[change(trail, output) for trail in state or ()] for output in op.outputs]
 
 
+def _ints(numbers: Iterable[Any]) -> tuple[int, ...]:
+    # jnp hands NumPy's integers on to the jaxpr.
+    return tuple(int(number) for number in numbers)
+
+
 def _transpose(op: Op, states: _States) -> Any:
-    order = op.params["permutation"]
+    order = _ints(op.params["permutation"])
     return _rows(op, states[0], lambda trail, _: trail_lib.permute(trail, order))
 
 
@@ -61,28 +68,30 @@ def _reshape(op: Op, states: _States) -> Any:
     order = op.params.get("dimensions")
 
     def change(trail: Trail, output: Value) -> Trail:
-        trail = trail if order is None else trail_lib.permute(trail, order)
+        trail = trail if order is None else trail_lib.permute(trail, _ints(order))
         return trail_lib.reshape(trail, output.shape)
 
     return _rows(op, states[0], change)
 
 
 def _broadcast(op: Op, states: _States) -> Any:
-    where = op.params["broadcast_dimensions"]
+    where = _ints(op.params["broadcast_dimensions"])
     return _rows(op, states[0], lambda t, output: trail_lib.broadcast(t, output.shape, where))
 
 
 def _squeeze(op: Op, states: _States) -> Any:
-    return _rows(op, states[0], lambda trail, _: trail_lib.remove(trail, op.params["dimensions"]))
+    gone = _ints(op.params["dimensions"])
+    return _rows(op, states[0], lambda trail, _: trail_lib.remove(trail, gone))
 
 
 def _reduce(op: Op, states: _States) -> Any:
-    return _rows(op, states[0], lambda trail, _: trail_lib.remove(trail, op.params["axes"]))
+    gone = _ints(op.params["axes"])
+    return _rows(op, states[0], lambda trail, _: trail_lib.remove(trail, gone))
 
 
 def _slice(op: Op, states: _States) -> Any:
-    starts = op.params["start_indices"]
-    steps = op.params["strides"] or (1,) * len(starts)
+    starts = _ints(op.params["start_indices"])
+    steps = _ints(op.params["strides"] or ()) or (1,) * len(starts)
     return _rows(op, states[0], lambda t, output: _window(t, starts, output.shape, steps))
 
 
@@ -115,7 +124,7 @@ def _window(
 
 
 def _split(op: Op, states: _States) -> Any:
-    axis, sizes = op.params["axis"], [int(size) for size in op.params["sizes"]]
+    axis, sizes = int(op.params["axis"]), _ints(op.params["sizes"])
     starts = np.cumsum([0, *sizes[:-1]]).tolist()
     return [
         [trail_lib.cut(trail, axis, start, size) for trail in states[0] or ()]
@@ -124,7 +133,7 @@ def _split(op: Op, states: _States) -> Any:
 
 
 def _concatenate(op: Op, states: _States) -> Any:
-    axis, row, offset = op.params["dimension"], [], 0
+    axis, row, offset = int(op.params["dimension"]), [], 0
     size = op.outputs[0].shape[axis]
     for value, state in zip(op.inputs, states, strict=True):
         row += [trail_lib.embed(trail, axis, offset, size) for trail in state or ()]
@@ -136,7 +145,7 @@ def _pad(op: Op, states: _States) -> Any:
     (output,) = op.outputs
 
     def change(trail: Trail) -> Trail | None:
-        for axis, (low, high, interior) in enumerate(op.params["padding_config"]):
+        for axis, (low, high, interior) in enumerate(map(_ints, op.params["padding_config"])):
             if interior:
                 return trail_lib.spoil(trail, output.shape)
             held = op.inputs[0].shape[axis]
@@ -153,7 +162,7 @@ def _pad(op: Op, states: _States) -> Any:
 
 def _reverse(op: Op, states: _States) -> Any:
     def change(trail: Trail, _: Value) -> Trail:
-        for axis in op.params["dimensions"]:
+        for axis in _ints(op.params["dimensions"]):
             trail = trail_lib.reverse(trail, axis)
         return trail
 
@@ -161,7 +170,7 @@ def _reverse(op: Op, states: _States) -> Any:
 
 
 def _all_gather(op: Op, states: _States) -> Any:
-    axis, parts = op.params["all_gather_dimension"], op.params["axis_size"]
+    axis, parts = _ints((op.params["all_gather_dimension"], op.params["axis_size"]))
 
     def change(trail: Trail, output: Value) -> Trail:
         if op.params["tiled"]:

@@ -337,6 +337,30 @@ def settle(trails: Iterable[Trail]) -> tuple[Trail, ...]:
     )
 
 
+def common(trails: Iterable[Trail], nothing: bool = False) -> tuple[Trail, ...]:
+    """One trail a leaf that says what all of its trails say; or only that the leaf is there."""
+    by_path: dict[str, list[Trail]] = {}
+    for trail in trails:
+        by_path.setdefault(trail.path, []).append(trail)
+    return tuple(_agreed(same, nothing) for same in by_path.values())
+
+
+def _agreed(trails: list[Trail], nothing: bool) -> Trail:
+    first, *others = trails
+    differ = [
+        i
+        for i, digits in enumerate(first.axes)
+        if nothing or any(trail.axes[i] != digits for trail in others)
+    ]
+    lost = frozenset[int]().union(
+        *(trail.lost for trail in trails),
+        *(leaf_axes(trail.axes[i]) for trail in trails for i in differ),
+    )
+    moved = {a for a, start in enumerate(first.starts) if any(t.starts[a] != start for t in others)}
+    vague = frozenset(moved).union(*(trail.vague for trail in trails))
+    return mix(first, differ)._replace(lost=lost, vague=vague)
+
+
 def _covers(more: Trail, less: Trail) -> bool:
     if more.path != less.path or len(more.axes) != len(less.axes):
         return False

@@ -217,13 +217,14 @@ class _Walker:
     def turn(self, op: Op, wiring: Wiring, trips: int | None) -> set[int]:
         """Go round a loop until nothing changes; which inputs a carry of the data took up."""
         first = {inner: self.state(inner) for _, inner in wiring.carry}
-        for round_ in range(_ROUNDS + 1):
+        for round_ in range(3 * _ROUNDS):
             self.block(wiring.block, trips, report=False)
             changed = False
             for after, before in wiring.carry:
                 state = _join([self.state(before), self.state(after)])
-                if round_ == _ROUNDS and state != self.state(before):
-                    state = _forget(state)
+                if round_ >= _ROUNDS and state:
+                    # Never twice the same: keep what all turns agree on, in the end nothing.
+                    state = trail_lib.common(state, nothing=round_ >= 2 * _ROUNDS)
                 changed |= state != self.state(before)
                 self.states[before] = state
             if not changed:
@@ -249,22 +250,6 @@ def _join(states: Sequence[State]) -> State:
             return None
         trails += state
     return trail_lib.settle(trails)
-
-
-def _forget(state: State) -> State:
-    """What remains known of a carry that is never twice the same: which leaves are in it."""
-    if state is None:
-        return None
-    return trail_lib.settle(
-        Trail(
-            trail.path,
-            trail.shape,
-            (0,) * len(trail.shape),
-            tuple(trail_lib.foreign(trail_lib.length(axis)) for axis in trail.axes),
-            lost=frozenset(range(len(trail.shape))),
-        )
-        for trail in state
-    )
 
 
 def _inside(op: Op, i: int, stacked: bool, state: State) -> State:
