@@ -56,6 +56,7 @@ class _Entry(NamedTuple):
 
     path: str
     kind: str
+    roles: tuple[str, ...]
     features: int
     groups: tuple[int, ...]
     turns: tuple[int, ...]  # lengths of the loops that walk a stacked leaf
@@ -92,15 +93,15 @@ def observe(
     step updates the statistics in place. Batches are taken one at a time, and no more than two are
     held. Inputs may lie on several devices; the statistics are then the same on each.
 
-    Observed are dots, convolutions and element-wise products with a leaf (a normalization's scale);
-    look-ups (embeddings) where the statistic has a ``measure_rows``. Every other use of a leaf is
-    named in ``unobserved`` with the reason, as is a leaf that no output depends on.
+    Observed are dots and convolutions, and look-ups (embeddings) where the statistic has a
+    ``measure_rows``. Every other use of a leaf (a bias, a normalization's scale) is named in
+    ``unobserved`` with the reason, as is a leaf that no output depends on.
 
     A value has the axes that the statistic gives it, over the features: the leaf's input axes (and
     the kernel's, where the statistic asks for patches) joined in the order in which the leaf has
     them. In front stand the leaf's stacked axes (a scan over layers), its batch axes (experts,
     ensembles), then the groups of a grouped convolution. Turns of a loop that see the same
-    weight (an RNG, an unrolled layer) count together, and of a branch only what is taken counts.
+    weight (an RNN's, an unrolled layer's) count together, and of a branch only what is taken counts.
 
     Args:
         apply_fn: a function of ``(params, *inputs)``.
@@ -131,7 +132,7 @@ def observe(
         >>> found
         {'kernel': Array([3., 2.], dtype=float32)}
         >>> found.unobserved
-        {'bias': 'it enters by add, which multiplies nothing by it'}
+        {'bias': 'add contracts nothing with it'}
     """
     patterns = [paths] if isinstance(paths, str) else paths
     plans: dict[Any, tuple[_Plan, Callable[..., Any]]] = {}
@@ -238,8 +239,6 @@ def _observable(
     samples = samples_lib.of_use(use, shape, statistic.patches)
     if samples.rows and statistic.measure_rows is None:
         raise Unobservable(f"its rows are looked up, and {statistic.name} has no measure_rows")
-    if use.kind == "elementwise" and statistic.pairs:
-        raise Unobservable(f"it multiplies each channel alone, {statistic.name} is of pairs")
     stack = tuple(size for size, role in zip(shape, use.roles, strict=True) if role == "stack")
     walk = tell(use.path)[use.op.inputs[use.operand]] if stack else tapped.Walk()
     turns = tuple(loop.params["length"] for loop in walk.loops)
@@ -250,7 +249,9 @@ def _observable(
         raise Unobservable(f"which of its layers {use.op} reads, only the running program knows")
     scans = [op for op, _ in around if op.name == "scan"]
     depths = tuple(scans.index(loop) for loop in walk.loops)
-    entry = _Entry(use.path, use.kind, samples.features, samples.groups, turns, stack, depths)
+    entry = _Entry(
+        use.path, use.kind, use.roles, samples.features, samples.groups, turns, stack, depths
+    )
     return entry, tapped.Tap("", walk.loops, _fold(samples, statistic))
 
 

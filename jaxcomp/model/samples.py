@@ -1,8 +1,8 @@
 """What a weight is multiplied by, as samples × features in the leaf's own order.
 
-A dot, a convolution, an element-wise product and a look-up each hold the other operand in their own
-way; here all become ``(groups, ..., features)``, with the features in the order in which the leaf's
-own input axes follow each other, whatever transposes and reshapes lie between.
+A dot, a convolution and a look-up each hold the other operand in their own way. Here all become
+``(groups, ..., features)``, with the features in the order in which the leaf's own input axes follow
+each other, whatever transposes and reshapes lie between.
 """
 
 import math
@@ -54,13 +54,17 @@ def of_use(use: Use, shape: Sequence[int], patches: bool) -> Samples:
     Raises:
         Unobservable: there are none, or not in the order of the leaf.
     """
-    makers = {"dot": _dot, "elementwise": _product, "gather": _lookup}
+    if use.kind == "dot":
+        return _dot(use, shape)
     if use.kind == "conv":
         return _conv(use, shape, patches)
-    if use.kind not in makers:
-        ending = "it is returned" if use.op.name == "output" else f"it is read by {use.op}"
-        raise Unobservable(f"{ending}, which multiplies nothing by it channel by channel")
-    return makers[use.kind](use, shape)
+    if use.kind == "gather":
+        return _lookup(use, shape)
+    if use.op.name == "output":
+        raise Unobservable("it is returned as it is")
+    # An element-wise product is left out too: LayerNorm multiplies its scale by 1 / deviation in
+    # one library and by the normalized channels in the next, so the value would say nothing.
+    raise Unobservable(f"{use.op} contracts nothing with it")
 
 
 def _dot(use: Use, shape: Sequence[int]) -> Samples:
@@ -84,24 +88,6 @@ def _dot(use: Use, shape: Sequence[int]) -> Samples:
 
     groups = tuple(shape[axis] for axis in leaf_batch)
     return Samples(len(order), groups, take)
-
-
-def _product(use: Use, shape: Sequence[int]) -> Samples:
-    if use.op.name != "mul":
-        raise Unobservable(f"it enters by {use.op}, which multiplies nothing by it")
-    other = 1 - use.operand
-    _check_numeric(use, other)
-    value = use.op.inputs[use.operand]
-    leaf_axes = [i for i, role in enumerate(use.roles) if role != "stack"]
-    back = sorted(_touched(use, leaf_axes))
-    order = _order(use, shape, leaf_axes, back, value.shape)
-    middle = [axis for axis in range(len(value.shape)) if axis not in back]
-
-    def take(inputs: tuple[Any, ...]) -> jax.Array:
-        x = jnp.transpose(jnp.broadcast_to(inputs[other], value.shape), (*middle, *back))
-        return _arrange(x, 0, len(back), None, order)
-
-    return Samples(len(order), (), take)
 
 
 def _lookup(use: Use, shape: Sequence[int]) -> Samples:

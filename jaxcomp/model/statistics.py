@@ -28,8 +28,6 @@ class Statistic(NamedTuple):
         patches: whether a convolution is seen as the matrix product that it is: a sample is then
             what one position of the kernel covers, with kernel × channels features. Otherwise a
             sample is a pixel, with its channels as features.
-        pairs: whether the value ties features together, so that it says nothing of a weight that
-            multiplies feature by feature.
         measure_rows: ``measure_rows(ids, features) -> state`` of samples that are one-hot rows,
             given by the place of their one (a place outside ``features``: a row of zeros). What an
             embedding's input is. ``None`` where that is not worth knowing.
@@ -57,7 +55,6 @@ class Statistic(NamedTuple):
     merge: Callable[[Any, Any], Any]
     finish: Callable[[Any], Any]
     patches: bool = False
-    pairs: bool = False
     measure_rows: Callable[[jax.Array, int], Any] | None = None
 
 
@@ -188,7 +185,6 @@ def second_moment() -> Statistic:
         merge=_merge_means,
         finish=_mean,
         patches=True,
-        pairs=True,
     )
 
 
