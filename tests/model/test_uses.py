@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ def seen(function, params, *inputs):
 DATA = ones(2, 3)
 
 
-def roles(function, *shape, inputs=DATA):
+def roles(function, *shape, inputs: Any = DATA):
     """The roles at the only use of the only leaf."""
     ((_, kind, words, _),) = seen(lambda p, x: function(p["w"], x), {"w": ones(*shape)}, inputs)
     return kind, words
@@ -169,7 +170,7 @@ def test_other_uses_name_the_operation():
 
 def test_a_leaf_that_only_dead_code_reads_has_no_use():
     def model(p, x):
-        x @ p["dead"]
+        _ = x @ p["dead"]
         return x @ p["live"]
 
     params = {"dead": ones(3, 4), "live": ones(3, 4), "absent": ones(2)}
