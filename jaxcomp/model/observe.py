@@ -101,7 +101,7 @@ def observe(
     the kernel's, where the statistic asks for patches) joined in the order in which the leaf has
     them. In front stand the leaf's stacked axes (a scan over layers), its batch axes (experts,
     ensembles), then the groups of a grouped convolution. Turns of a loop that see the same
-    weight (an RNN's, an unrolled layer's) count together, and of a branch only what is taken counts.
+    weight (an RNN's) count together, and of a branch only what is taken counts.
 
     Args:
         apply_fn: a function of ``(params, *inputs)``.

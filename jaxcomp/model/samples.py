@@ -1,8 +1,8 @@
 """What a weight is multiplied by, as samples × features in the leaf's own order.
 
 A dot, a convolution and a look-up each hold the other operand in their own way. Here all become
-``(groups, ..., features)``, with the features in the order in which the leaf's own input axes follow
-each other, whatever transposes and reshapes lie between.
+``(groups, ..., features)``, with the features in the order in which the leaf's own input axes
+follow each other, whatever transposes and reshapes lie between.
 """
 
 import math
