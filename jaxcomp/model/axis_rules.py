@@ -215,7 +215,7 @@ def _pad(flow: Flow, op: Op) -> list[Axes]:
             out.append(dim)
         elif interior == 0 and low >= 0 and high >= 0:
             dims = flow.dims
-            out.append(dims.concat([dims.atom(low), dim, dims.atom(high)]))
+            out.append(dims.concat([dims.atom(int(low)), dim, dims.atom(int(high))]))
         else:
             flow.dims.fix(dim, f"{op} pads inside it or cuts it")
             out.append(flow.dims.atom(size, str(op)))

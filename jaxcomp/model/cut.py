@@ -20,20 +20,20 @@ class Cut(NamedTuple):
 
     Attributes:
         flow: the axes of its arrays.
-        means: operations that take a mean over channels, with the atoms that they sum.
+        means: operations that take a mean over channels, with the axes that it is taken over.
         keep: which units stay, by atom; only of those that lose some.
         masks: what was computed already of :func:`masks_of`.
     """
 
     flow: Flow
-    means: Mapping[Op, frozenset[Dim]]
+    means: Mapping[Op, tuple[Dim, ...]]
     keep: dict[Dim, np.ndarray]
     masks: dict[Value, tuple[np.ndarray | None, ...]]
 
 
 def resolve(
     flow: Flow,
-    means: Mapping[Op, frozenset[Dim]],
+    means: Mapping[Op, tuple[Dim, ...]],
     values: Mapping[str, Value],
     staying: Mapping[str, Positions],
 ) -> Cut:

@@ -46,23 +46,23 @@ class Contents(NamedTuple):
     Attributes:
         at: what stands at the cut positions, by atom.
         uniform: the number that the whole array holds, if it is one.
-        summed: if the array is a sum over axes: the atoms summed, and how many elements.
+        summed: if the array is a sum over channels: the axes that were summed.
     """
 
     at: dict[Dim, Content]
     uniform: float | None = None
-    summed: tuple[frozenset[Dim], int] | None = None
+    summed: tuple[Dim, ...] = ()
 
 
 class Widths(NamedTuple):
     """Statistics that are taken over channels.
 
     Attributes:
-        means: operations that divide a sum over channels by their number, with the atoms summed.
+        means: operations that divide a sum over channels by their number, with the axes summed.
         renormalized: atoms whose removal changes a statistic over channels, with the reason.
     """
 
-    means: dict[Op, frozenset[Dim]]
+    means: dict[Op, tuple[Dim, ...]]
     renormalized: dict[Dim, str]
 
 
@@ -94,7 +94,7 @@ class _Law:
         self.flow = flow
         self.renormalize = renormalize
         self.contents: dict[Value, Contents] = {}
-        self.means: dict[Op, frozenset[Dim]] = {}
+        self.means: dict[Op, tuple[Dim, ...]] = {}
         self.renormalized: dict[Dim, str] = {}
         self._atoms: dict[Value, frozenset[Dim]] = {}
         self._known: dict[Any, Content] = {}
@@ -200,7 +200,7 @@ class _Law:
         if all(contents.uniform is not None for contents in inputs):
             value = self._compute(op, [contents.uniform for contents in inputs])  # type: ignore[misc]
             uniform = value if isinstance(value, float) else None
-        summed = inputs[0].summed if op.name == "convert_element_type" else None
+        summed = inputs[0].summed if op.name == "convert_element_type" else ()
         if op.name in ("div", "mul"):
             self._divide(op, inputs)
         self.contents[result] = Contents(at, uniform, summed)
@@ -230,17 +230,15 @@ class _Law:
     def _divide(self, op: Op, inputs: list[Contents]) -> None:
         """Recognise a mean: a sum over channels, divided by their number."""
         for sums, other in (inputs, inputs[::-1]):
-            if sums.summed is None or other.uniform is None:
+            free = self.free(sums.summed)
+            if not free or other.uniform is None or (op.name == "div" and sums is inputs[1]):
                 continue
-            free = frozenset(atom for atom in sums.summed[0] if atom.fixed is None)
-            count = float(sums.summed[1])
+            count = math.prod(dim.size for dim in sums.summed)
             number = count if op.name == "div" else 1 / count
-            if not free or not math.isclose(other.uniform, number, rel_tol=1e-2 / count):
-                continue
-            if op.name == "div" and sums is inputs[1]:
+            if not math.isclose(other.uniform, number, rel_tol=1e-2 / count):
                 continue
             if self.renormalize:
-                self.means[op] = free
+                self.means[op] = sums.summed
             for atom in free:
                 self._width(atom, f"{op} takes a mean over it")
 
@@ -266,7 +264,7 @@ class _Law:
             self.contents[result] = Contents(
                 at,
                 contents[0].uniform if single and op.name != "gather" else None,
-                contents[0].summed if single else None,
+                contents[0].summed if single else (),
             )
 
     def _scatter(self, op: Op) -> None:
@@ -303,9 +301,8 @@ class _Law:
             content = contents.at.get(atom, Unknown.FINITE)
             stays = op.name in ("reduce_max", "reduce_min") or content == 0.0
             at[atom] = content if stays or content is Unknown.WILD else Unknown.FINITE
-        count = math.prod(value.shape[i] for i in op.params["axes"])
-        summed = (gone, count) if op.name == "reduce_sum" and gone else None
-        self.contents[result] = Contents(at, None, summed)
+        summed = tuple(axes[i] for i in op.params["axes"]) if gone else ()
+        self.contents[result] = Contents(at, None, summed if op.name == "reduce_sum" else ())
 
     def _window(self, op: Op) -> None:
         (result,) = op.outputs

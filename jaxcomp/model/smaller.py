@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcomp.model.cut import Cut, is_cut, masks_of, positions_of, resolve, shape_of, shrunk, take
-from jaxcomp.model.dims import find
+from jaxcomp.model.dims import kept
 from jaxcomp.model.flow import follow
 from jaxcomp.model.program import Block, Op, Value, read, walk, wirings
 
@@ -40,8 +40,8 @@ def _bind(cut: Cut, op: Op, arguments: list[Any]) -> Sequence[Any]:
             return arguments
         if op.name in _SMALLER:
             params = {**params, **_SMALLER[op.name](cut, op)}
-        arguments = _renormalized(cut, op, arguments)
-    return _plain(op, params, arguments)
+    # The sum over channels that a mean divides has lost its axis already.
+    return _plain(op, params, _renormalized(cut, op, arguments))
 
 
 def _plain(op: Op, params: dict[str, Any], arguments: Sequence[Any]) -> Sequence[Any]:
@@ -61,26 +61,19 @@ def _touches(cut: Cut, op: Op) -> bool:
 def _renormalized(cut: Cut, op: Op, arguments: list[Any]) -> list[Any]:
     """A mean over channels divides by the number of those that remain."""
     summed = cut.means.get(op, ())
-    share = 1.0
-    for atom in {find(atom) for atom in summed} & set(cut.keep):
-        share *= cut.keep[atom].mean()
+    share = float(np.prod([kept(dim, cut.keep).mean() for dim in summed]))
     if share == 1.0:
         return arguments
-    divisor = 1 if op.name == "div" or _uniform_second(op) else 0
-    scale = share if op.name == "div" else 1 / share
+    changed, scale = (1, share) if op.name == "div" else (0, 1 / share)
     arguments = list(arguments)
-    arguments[divisor] = arguments[divisor] * np.asarray(scale, op.inputs[divisor].dtype)
+    arguments[changed] = arguments[changed] * np.asarray(scale, op.inputs[changed].dtype)
     return arguments
-
-
-def _uniform_second(op: Op) -> bool:
-    return len(op.inputs[1].shape) == 0
 
 
 def _divides(cut: Cut, op: Op) -> bool:
     """Whether a sharding still fits the smaller array."""
     try:
-        op.params["sharding"].shardshape_of(shape_of(cut, op.outputs[0]))
+        op.params["sharding"].shard_shape(shape_of(cut, op.outputs[0]))
     except ValueError:
         return False
     return True
@@ -121,7 +114,8 @@ def _pad(cut: Cut, op: Op) -> dict[str, Any]:
     pairs = zip(op.params["padding_config"], masks_of(cut, op.outputs[0]), strict=True)
     return {
         "padding_config": tuple(
-            config if mask is None else count(mask, config[0], config[1]) for config, mask in pairs
+            config if mask is None else count(mask, int(config[0]), int(config[1]))
+            for config, mask in pairs
         )
     }
 
