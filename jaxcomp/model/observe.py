@@ -338,30 +338,38 @@ def _finish(
     plan: _Plan, statistic: Statistic, state: dict[str, Any], times: dict[str, np.ndarray]
 ) -> Observed:
     unobserved = dict(plan.unobserved)
-    values = {}
-    for key, entry in plan.entries.items():
+    for key in plan.entries:
         never = int(np.sum(times[key] == 0))
         if never:
             of = f" in {never} of {times[key].size} layers" if times[key].size > 1 else ""
             unobserved[key] = f"no batch led to the operation that reads it{of}"
-            continue
-        values[key] = _value(key, entry, statistic, state[key])
-    return Observed(values.items(), unobserved)
+    keys = [key for key in plan.entries if key not in unobserved]
+
+    def finish(state: Any) -> Any:
+        values = {key: _value(plan.entries[key], statistic, state[key]) for key in keys}
+        return values, {key: _is_finite(state[key]) for key in keys}
+
+    values, finite = jax.jit(finish)(state)
+    broken = [key for key in keys if not finite[key]]
+    if broken:
+        raise ValueError(
+            f"{', '.join(broken)}: {statistic.name} overflows float32: scale the inputs"
+        )
+    return Observed(((key, values[key]) for key in keys), unobserved)
 
 
-def _value(key: str, entry: _Entry, statistic: Statistic, state: Any) -> Any:
-    for leaf in jax.tree.leaves(state):
-        if jnp.issubdtype(leaf.dtype, jnp.inexact) and not bool(jnp.all(jnp.isfinite(leaf))):
-            raise ValueError(f"{key}: its {statistic.name} overflows float32: scale the inputs")
+def _is_finite(state: Any) -> jax.Array:
+    floats = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in floats]))
+
+
+def _value(entry: _Entry, statistic: Statistic, state: Any) -> Any:
+    """A finished state, with the axes of the leaf in front."""
     leading = _leading(entry)
     finish = statistic.finish
     for _ in leading:
         finish = jax.vmap(finish)
-
-    def shaped(state: Any) -> Any:
-        return jax.tree.map(
-            lambda leaf: leaf.reshape(*entry.stack, *entry.groups, *leaf.shape[len(leading) :]),
-            finish(state),
-        )
-
-    return jax.jit(shaped)(state)
+    return jax.tree.map(
+        lambda leaf: leaf.reshape(*entry.stack, *entry.groups, *leaf.shape[len(leading) :]),
+        finish(state),
+    )
