@@ -1,6 +1,6 @@
 """jaxcomp: smaller and faster neural networks, as pure functions on parameter pytrees."""
 
-from jaxcomp import checkpoint, distill, prune, quantize, share
+from jaxcomp import checkpoint, distill, model, prune, quantize, share
 from jaxcomp.arrays import (
     CodebookArray,
     CompressedArray,
@@ -31,6 +31,7 @@ __all__ = [
     "identity",
     "inspect",
     "load",
+    "model",
     "nbytes",
     "pack",
     "partition",

@@ -1,7 +1,24 @@
-"""Remove weights: scores, schedules, masks and the methods made of them."""
+"""Remove weights and whole channels: scores, schedules, masks, and smaller models."""
 
-from jaxcomp.prune import scores
+from jaxcomp.prune import channel_scores, scores
+from jaxcomp.prune.budget import Budget
+from jaxcomp.prune.channel_groups import ScoredGroup, needs
+from jaxcomp.prune.channels import channels
 from jaxcomp.prune.gradual import gradual, masks
 from jaxcomp.prune.schedules import cubic
+from jaxcomp.prune.shrink import shrink
+from jaxcomp.prune.smaller_model import SmallerModel
 
-__all__ = ["cubic", "gradual", "masks", "scores"]
+__all__ = [
+    "Budget",
+    "ScoredGroup",
+    "SmallerModel",
+    "channel_scores",
+    "channels",
+    "cubic",
+    "gradual",
+    "masks",
+    "needs",
+    "scores",
+    "shrink",
+]
