@@ -40,12 +40,14 @@ class Entry(NamedTuple):
 
     Attributes:
         parts: its path, split.
-        shape: its shape; None for a placeholder, which stands for anything; ``()`` for what is not
-            an array.
+        shape: its shape; None for a placeholder, which stands for a subtree of any kind; ``()`` for
+            what is not an array.
+        optional: whether a placeholder may also stand for nothing.
     """
 
     parts: Parts
     shape: Shape | None
+    optional: bool = False
 
 
 class Index(NamedTuple):
@@ -94,16 +96,12 @@ def index(parameters: Sequence[Parameter]) -> Index:
     return Index(dict(endings), dict(subtrees), dict(signatures))
 
 
-def candidates(
-    found: Index, entries: Sequence[Entry], *, keyed: bool = False
-) -> list[list[Parameter]]:
+def candidates(found: Index, entries: Sequence[Entry]) -> list[list[Parameter]]:
     """The parameters that each leaf of another tree may belong to.
 
     Args:
         found: the parameters.
         entries: all leaves of the other tree, in order.
-        keyed: whether the tree's own keys are whole paths of parameters, so that also a short
-            ending is evidence.
 
     Returns:
         A list for each entry: empty where there is no evidence, several where it does not decide.
@@ -120,7 +118,7 @@ def candidates(
         for i in range(len(entry.parts)):
             below[entry.parts[:i]].append(entry)
     covered = {node: _covered(found, node, inside) for node, inside in below.items()}
-    return [_of_entry(found, entry, below, covered, keyed) for entry in entries]
+    return [_of_entry(found, entry, below, covered) for entry in entries]
 
 
 def _of_entry(
@@ -128,20 +126,23 @@ def _of_entry(
     entry: Entry,
     below: Mapping[Parts, list[Entry]],
     covered: Mapping[Parts, list[Parts]],
-    keyed: bool,
 ) -> list[Parameter]:
     parts = entry.parts
     if not entry.shape:
         return []
     ending = next((parts[i:] for i in range(len(parts)) if parts[i:] in found.endings), ())
     nearest = found.endings.get(ending, [])
-    structural = _by_structure(found, parts, covered)
+    structural, whole = _by_structure(found, parts, covered)
+    if whole:
+        return structural
     paths = {parameter.path for parameter in structural}
-    evident = [p for p in nearest if p.path in paths]
+    both = [p for p in nearest if p.path in paths]
     # A whole path is as good as structure; without structure, all but a collection's name will do.
-    missing = 1 if not evident and (keyed or len(ending) > 1) else 0
+    missing = 1 if not structural and len(ending) > 1 else 0
     short = [p for p in nearest if len(split(p.path)) <= len(ending) + missing]
-    evident += [p for p in short if p.path not in paths]
+    if structural and not both:
+        return structural + short
+    evident = both + [p for p in short if p.path not in paths]
     same = [p for p in evident if p.shape == entry.shape]
     if len(same) > 1:
         # Leaves side by side are of one subtree: leave out those that their neighbours are not in.
@@ -153,12 +154,14 @@ def _of_entry(
 
 def _by_structure(
     found: Index, parts: Parts, covered: Mapping[Parts, list[Parts]]
-) -> list[Parameter]:
-    """What the highest node above a leaf that repeats parameters says that the leaf is."""
+) -> tuple[list[Parameter], bool]:
+    """What the highest node above a leaf that repeats parameters says; whether it repeats all."""
     for i in range(len(parts)):
-        if covered[parts[:i]]:
-            return [found.subtrees[node][parts[i:]] for node in covered[parts[:i]]]
-    return []
+        if nodes := covered[parts[:i]]:
+            rest = parts[i:]
+            leaves = [found.subtrees[node][rest] for node in nodes if rest in found.subtrees[node]]
+            return leaves, nodes == [()]
+    return [], False
 
 
 def _holds(found: Index, parts: Parts, ending: Parts, node: Parts, inside: Sequence[Entry]) -> bool:
@@ -171,17 +174,21 @@ def _holds(found: Index, parts: Parts, ending: Parts, node: Parts, inside: Seque
 def _covered(found: Index, node: Parts, inside: Sequence[Entry]) -> list[Parts]:
     """The subtrees of the parameters that a node repeats, leaf by leaf."""
     arrays = {entry.parts[len(node) :]: entry.shape for entry in inside if entry.shape is not None}
-    gaps = [entry.parts[len(node) :] for entry in inside if entry.shape is None]
+    absent = [entry for entry in inside if entry.shape is None]
+    gaps = [entry.parts[len(node) :] for entry in absent]
+    needed = [entry.parts[len(node) :] for entry in absent if not entry.optional]
     if not arrays:
         return []
     exact = found.signatures.get(frozenset(arrays.items()), [])  # type: ignore[arg-type]
-    if not gaps or exact:
+    if not gaps or (exact and not needed):
         return exact
 
     def fits(leaves: Mapping[Parts, Parameter]) -> bool:
         if any(rest not in leaves or leaves[rest].shape != s for rest, s in arrays.items()):
             return False
-        absent = (rest for rest in leaves if rest not in arrays)
-        return all(any(rest[: len(gap)] == gap for gap in gaps) for rest in absent)
+        missing = [rest for rest in leaves if rest not in arrays]
+        return all(any(rest[: len(gap)] == gap for gap in gaps) for rest in missing) and all(
+            any(rest[: len(gap)] == gap for rest in missing) for gap in needed
+        )
 
     return [beginning for beginning, leaves in found.subtrees.items() if fits(leaves)]

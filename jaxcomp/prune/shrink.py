@@ -1,5 +1,6 @@
 """Cut what goes with the parameters: optimizer states, running statistics, masks, averages."""
 
+import collections
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -79,21 +80,20 @@ class _Context(NamedTuple):
     Attributes:
         found: the parameters.
         learned: by parameter, how each array that a method learns about it is cut.
-        keyed: whether keys of the tree are paths of parameters.
     """
 
     found: Index
     learned: dict[str, list[_Plan]]
-    keyed: bool = False
 
 
 def _shrink(tree: Any, context: _Context, prefix: str) -> Any:
     leaves = tree_lib.flatten(tree, is_leaf=_is_whole)
     paths = [_join(prefix, path) for path in leaves]
     entries = [
-        Entry(split(path), _shape(leaf)) for path, leaf in zip(paths, leaves.values(), strict=True)
+        Entry(split(path), _shape(leaf), optional=leaf is None)
+        for path, leaf in zip(paths, leaves.values(), strict=True)
     ]
-    matched = candidates(context.found, entries, keyed=context.keyed)
+    matched = candidates(context.found, entries)
     news = [
         _node(leaf, path, parameters, context)
         for leaf, path, parameters in zip(leaves.values(), paths, matched, strict=True)
@@ -182,80 +182,91 @@ def _aligned(shape: tuple[int, ...], parameter: Parameter) -> Positions:
 
 
 def _wrapped(state: WrappedState, path: str, context: _Context) -> WrappedState:
-    """The state of :func:`jaxcomp.wrap_optimizer`: the optimizer's, and the method's."""
-    old, learned = state.compression, {}
-    plans = _plans(state, _join(path, "compression/learned"), context.found)
-    context = context._replace(learned=dict(plans.values()))
-    for key, (_, plan) in plans.items():
-        learned[key] = _cut_learned(old.learned[key], plan, f"{path}/compression/learned/{key}")
-    buffers = _shrink(old.buffers, context._replace(keyed=True), _join(path, "compression/buffers"))
-    inner = _shrink(state.inner, context, _join(path, "inner"))
-    return WrappedState(inner, State(learned, buffers), state.method)
+    """The state of :func:`jaxcomp.wrap_optimizer`: the optimizer's, and the method's.
 
-
-def _plans(state: WrappedState, path: str, found: Index) -> dict[str, tuple[str, list[_Plan]]]:
-    """By key of what is learned: the parameter, and how each array about it is cut.
-
-    Only the method knows what its arrays are. It is asked: the shapes that it would start with on
-    the smaller parameters are the shapes to come to.
+    Only the method knows what its arrays are. It is asked: the state that it would start with on
+    the smaller parameters has the structure and the shapes to come to.
     """
-    learned = state.compression.learned
-    if not learned:
-        return {}
-    possible = [
-        leaves
-        for leaves in found.subtrees.values()
-        if all(split(key) in leaves for key in learned) and _fits(state, leaves)
-    ]
+    old, where = state.compression, _join(path, "compression")
+    possible = [leaves for leaves in context.found.subtrees.values() if _starts(state, leaves)]
     if not possible:
         raise ValueError(
-            f"{path}: these are not learned about the parameters given: pass those that the "
-            f"optimizer was made for, or {_NEW_STATE}"
+            f"{where}: no part of the parameters given is what this was made for: pass those that "
+            f"the optimizer was made for, or {_NEW_STATE}"
         )
-    for key in learned:
-        fitting = [leaves[split(key)] for leaves in possible]
-        _check_agreement(f"{path}/{key}", fitting)
+    if len(possible) > 1 and any(np.ndim(leaf) for leaf in jax.tree.leaves(old)):
+        for rest in possible[0]:
+            _check_agreement(where, [leaves[rest] for leaves in possible if rest in leaves])
     leaves = possible[0]
     try:
-        news = _started(state.method, leaves, smaller=True)
-    except ValueError as error:
-        raise ValueError(f"{path}: the method refuses the smaller parameters: {error}") from error
-    plans = {}
-    for key, value in learned.items():
-        parameter, plan = leaves[split(key)], []
-        reached = (struct.shape for struct in jax.tree.leaves(news[key]))
-        for array, new in zip(jax.tree.leaves(value), reached, strict=True):
-            positions = (None,) * array.ndim if array.shape == new else None
-            positions = positions or _aligned(array.shape, parameter)
-            if positions is None or _smaller(array.shape, positions) != new:
-                raise ValueError(
-                    f"{path}/{key}: shape {array.shape} is to become {new}, and only the method "
-                    f"knows how: {_NEW_STATE}"
-                )
-            plan.append((tuple(array.shape), positions))
-        plans[key] = (parameter.path, plan)
-    return plans
+        goal = _started(state.method, leaves, smaller=True)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: the method refuses the smaller parameters: {error}") from error
+    if len(possible) == 1:
+        # From here on paths are those that the method knows.
+        own = [parameter._replace(path="/".join(rest)) for rest, parameter in leaves.items()]
+        context = context._replace(found=index(own))
+    learned, plans = {}, {}
+    for key, value in old.learned.items():
+        plan = _plan(value, goal.learned[key], leaves[split(key)], f"{where}/learned/{key}")
+        learned[key] = _cut_learned(value, plan, f"{where}/learned/{key}")
+        plans[key] = plan
+    context = context._replace(learned=plans)
+    buffers = _shrink(old.buffers, context, _join(where, "buffers"))
+    new = _arrive(State(learned, buffers), goal, where)
+    return WrappedState(_shrink(state.inner, context, _join(path, "inner")), new, state.method)
+
+
+def _arrive(state: State, goal: Any, path: str) -> State:
+    """A state in the structure of the goal, whose static parts may name shapes too."""
+    arrays, goals = tree_lib.flatten(state), jax.tree.leaves(goal)
+    for (name, array), struct in zip(arrays.items(), goals, strict=True):
+        if jnp.shape(array) != struct.shape:
+            raise ValueError(
+                f"{path}/{name}: shape {jnp.shape(array)} is to become {struct.shape}, and only "
+                f"the method knows how: {_NEW_STATE}"
+            )
+    return jax.tree.unflatten(jax.tree.structure(goal), list(arrays.values()))
+
+
+def _plan(value: Any, goal: Any, parameter: Parameter, path: str) -> list[_Plan]:
+    """How each array that is learned about a parameter is cut."""
+    plan = []
+    for array, struct in zip(jax.tree.leaves(value), jax.tree.leaves(goal), strict=True):
+        positions = (None,) * array.ndim
+        if array.shape != struct.shape:
+            positions = _aligned(array.shape, parameter)
+        if positions is None or _smaller(array.shape, positions) != struct.shape:
+            raise ValueError(
+                f"{path}: shape {array.shape} is to become {struct.shape}, and only the method "
+                f"knows how: {_NEW_STATE}"
+            )
+        plan.append((tuple(array.shape), positions))
+    return plan
 
 
 def _started(method: Compression, leaves: Mapping[Parts, Parameter], *, smaller: bool) -> Any:
-    """What a method learns, as shapes, when it starts on some parameters, or on them cut."""
-    structs = {}
+    """The state, as shapes, that a method starts with on some parameters, or on them cut."""
+    # Ordered as the tree that the parameters came from, which plain dicts would sort by path.
+    structs = collections.OrderedDict()
     for rest, parameter in leaves.items():
         shape = _smaller(parameter.shape, parameter.kept) if smaller else parameter.shape
         structs["/".join(rest)] = jax.ShapeDtypeStruct(shape, parameter.dtype)
-    return jax.eval_shape(lambda params: method.init(params).learned, structs)
+    return jax.eval_shape(method.init, structs)
 
 
-def _fits(state: WrappedState, leaves: Mapping[Parts, Parameter]) -> bool:
-    """Whether a method starts on some parameters with what a state has learned about them."""
-    learned = state.compression.learned
+def _starts(state: WrappedState, leaves: Mapping[Parts, Parameter]) -> bool:
+    """Whether a method starts on some parameters with a state like the one there is."""
+    old = state.compression
+    if not all(split(key) in leaves for key in old.learned):
+        return False
     try:
         started = _started(state.method, leaves, smaller=False)
     except (TypeError, ValueError):
         return False  # It refuses them, so the state is not of them.
-    return jax.tree.structure(started) == jax.tree.structure(learned) and all(
-        a.shape == b.shape
-        for a, b in zip(jax.tree.leaves(started), jax.tree.leaves(learned), strict=True)
+    return jax.tree.structure(started) == jax.tree.structure(old) and all(
+        a.shape == jnp.shape(b)
+        for a, b in zip(jax.tree.leaves(started), jax.tree.leaves(old), strict=True)
     )
 
 
