@@ -31,7 +31,9 @@ def watched(items: Iterable[Any], words: str, progress: bool | None) -> Iterator
     from rich.progress import TimeRemainingColumn as Remaining
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Remaining())
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    # In a log, where no bar can move, the last line stays.
+    bar = Progress(*columns, console=console, transient=console.is_terminal)
     task = bar.add_task(words, total=len(items) if isinstance(items, Sized) else None)
     start = time.monotonic()
     shown = False

@@ -111,7 +111,7 @@ def _block(
 
 def _bind(op: Op, inputs: tuple[Any, ...]) -> Sequence[Any]:
     results = op.primitive.bind(*inputs, **op.primitive.get_bind_params(op.params))
-    return results if op.primitive.multiple_results else (results,)
+    return tuple(results) if op.primitive.multiple_results else (results,)
 
 
 def _tapped(blocks: Sequence[Block], taps: Taps) -> Iterator[Tap]:
