@@ -49,7 +49,7 @@ class ResNet(nn.Module):
         """Images (n, 8, 8, 1) to logits (n, 10)."""
         x = nn.Conv(32, (3, 3), use_bias=False)(x)
         x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
-        for features, stride in ((32, 1), (32, 1), (64, 2), (64, 1)):
+        for features, stride in ((32, 1), (64, 2)):
             x = Block(features, stride)(x, train)
         return nn.Dense(10)(x.mean((1, 2)))
 
@@ -134,7 +134,7 @@ def main() -> dict[str, float]:
     train_set = images[~test], digits.target[~test]
     test_set = jnp.asarray(images[test]), jnp.asarray(digits.target[test])
 
-    variables = MODEL.init(jax.random.key(0), images[:1], train=False)
+    variables = jax.jit(lambda key: MODEL.init(key, images[:1], train=False))(jax.random.key(0))
     state = State(variables, OPTIMIZER.init(variables["params"]))
     train_step = make_train_step(forward)
     dense = train(train_step, state, *train_set, EPOCHS, seed=1)

@@ -82,7 +82,7 @@ def networks(draw: Draw, most_steps: int = 7) -> Drawn:
             shapes.append(shape)
 
     add(convolve if len(shapes[0]) == 4 else dense, 0)
-    for _ in range(draw(st.integers(1, most_steps))):
+    for _ in range(draw(st.integers(2, most_steps))):
         # Mostly the newest value; sometimes an older one, so that paths part and meet again.
         last = len(shapes) - 1
         here = pick(draw, last, last, draw(st.integers(0, last)))
