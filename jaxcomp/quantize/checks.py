@@ -1,5 +1,6 @@
-"""What cannot be quantized is refused here, before anything changes."""
+"""What cannot be quantized is refused here, before anything changes; which axes are channels."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -9,8 +10,9 @@ import numpy as np
 
 from jaxcomp.arrays import is_compressed
 from jaxcomp.arrays.quantized import split_groups
-from jaxcomp.quantize.formats import Format
-from jaxcomp.tree import check_weight
+from jaxcomp.model.trace import ModelTrace
+from jaxcomp.quantize.formats import Format, PerChannel
+from jaxcomp.tree import check_weight, nearest
 
 
 def check_quantizable(path: str, x: Any, format: Format) -> None:
@@ -34,6 +36,52 @@ def check_quantizable(path: str, x: Any, format: Format) -> None:
     """
     _check_array(path, x)
     format.reduced_axes(x.shape, path)
+
+
+def traced_format(path: str, x: Any, format: Format, trace: ModelTrace | None) -> Format:
+    """The format of one leaf: its channel axes are those that the model takes for channels.
+
+    Args:
+        path: of the leaf, in the trace too.
+        x: the leaf; anything with a ``shape``.
+        format: as the user gave it.
+        trace: of the model, or None.
+
+    Returns:
+        The same format where it names its axes or there is no trace; otherwise one with a scale for
+        each index of the output axes, and of the axes that stack layers or models.
+
+    Raises:
+        ValueError: the trace has no such leaf, another shape of it, no use of it, uses that
+            disagree, or a product in which no axis of it is an output.
+
+    Example:
+        >>> from jaxcomp.model.trace import trace
+        >>> found = trace(lambda w, x: x @ w.T, {"w": jnp.ones((3, 2))}["w"], jnp.ones((5, 2)))
+        >>> traced_format("", jnp.ones((3, 2)), Format(4), found).granularity
+        PerChannel(axis=(0,))
+    """
+    if trace is None or format.granularity != PerChannel():
+        return format
+    if path not in trace.leaves:
+        raise ValueError(
+            f"{path}: not in the trace ({nearest(path, trace.leaves)}): trace a function of the "
+            "same tree, such as lambda params, x: model.apply({'params': params}, x)"
+        )
+    leaf = trace.leaves[path]
+    if leaf.shape != tuple(x.shape):
+        raise ValueError(f"{path}: shape {x.shape}, but {leaf.shape} in the trace: trace this tree")
+    if leaf.uses and all(use.kind == "elementwise" for use, _ in leaf.uses):
+        return format
+    axes = trace.output_axes(path)
+    if not axes:
+        told = "; ".join(f"{use.op}: {' '.join(use.roles)}" for use, _ in leaf.uses)
+        raise ValueError(
+            f"{path}: no axis of it is an output channel ({told}): name one with "
+            "PerChannel(axis), or use PerTensor() for this leaf"
+        )
+    kept = sorted({*axes, *trace.axes(path, "stack"), *trace.axes(path, "batch")})
+    return dataclasses.replace(format, granularity=PerChannel(tuple(kept)))
 
 
 def _check_array(path: str, x: Any) -> None:
