@@ -54,6 +54,9 @@ def of_use(use: Use, shape: Sequence[int], patches: bool) -> Samples:
     Raises:
         Unobservable: there are none, or not in the order of the leaf.
     """
+    if "other" in use.roles and use.kind in ("dot", "conv", "gather"):
+        axis = use.roles.index("other")
+        raise Unobservable(f"its axis {axis} is reduced or mixed with others before {use.op}")
     if use.kind == "dot":
         return _dot(use, shape)
     if use.kind == "conv":
@@ -94,7 +97,7 @@ def _lookup(use: Use, shape: Sequence[int]) -> Samples:
     leaf_axes = _with_role(use, "input")
     axes = sorted(_touched(use, leaf_axes))
     if len(leaf_axes) != 1 or len(axes) != 1 or "batch" in use.roles:
-        raise Unobservable(f"it is read by {use.op} along several axes at once")
+        raise Unobservable(f"{use.op} looks it up along more axes than one")
     order = _order(use, shape, leaf_axes, axes, use.op.inputs[0].shape)
     if not np.array_equal(order, np.arange(order.size)):
         raise Unobservable(f"its rows are read by {use.op} in another order than they are stored")
@@ -107,7 +110,7 @@ def _lookup(use: Use, shape: Sequence[int]) -> Samples:
             rows, (), lambda inputs: jnp.clip(jnp.ravel(inputs[1 + axis]), 0, rows - 1), True
         )
     if tuple(use.op.params["dimension_numbers"].start_index_map) != (axis,):
-        raise Unobservable(f"it is read by {use.op} along several axes at once")
+        raise Unobservable(f"{use.op} looks it up along more axes than one")
     clip = use.op.params["mode"] == GatherScatterMode.CLIP
 
     def take(inputs: tuple[Any, ...]) -> jax.Array:
@@ -211,9 +214,6 @@ def _positions(
     use: Use, shape: Sequence[int], leaf_axes: Sequence[int]
 ) -> tuple[dict[int, np.ndarray], tuple[int, ...]]:
     """For each operand axis: where on it every combination of positions on leaf axes lies."""
-    if "other" in use.roles:
-        axis = use.roles.index("other")
-        raise Unobservable(f"its axis {axis} is reduced or mixed with others before {use.op}")
     sizes = tuple(shape[axis] for axis in leaf_axes)
     where: dict[int, np.ndarray] = {}
     for i, axis in enumerate(leaf_axes):

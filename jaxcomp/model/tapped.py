@@ -136,8 +136,10 @@ def _nested(
 
 
 def _scan(op: Op, inputs: tuple[Any, ...], taps: Taps, state: State) -> Any:
-    consts, carried = op.params["num_consts"], op.params["num_carry"]
-    first, last = consts, consts + carried
+    (wiring,) = wirings(op)
+    carried = len(wiring.carry)
+    last = sum(not link.stacked for link in wiring.enter)
+    first = last - carried
     walked = {tap.key for tap in _tapped(op.blocks, taps) if op in tap.loops}
 
     def turn(carry: Any, slices: Any) -> Any:
