@@ -63,7 +63,6 @@ kernels = {"first": {"kernel": True, "bias": False}, "second": {"kernel": True, 
 OPTIMIZERS = {
     "sgd": lambda: optax.sgd(0.1, momentum=0.9, nesterov=True),
     "adamw": lambda: optax.adamw(1e-2, weight_decay=0.1, mask=kernels),
-    "amsgrad": lambda: optax.amsgrad(1e-2),
     "lion": lambda: optax.lion(1e-3),
     "adafactor-unfactored": lambda: optax.adafactor(
         1e-2, factored=False, clipping_threshold=None, multiply_by_parameter_scale=False
@@ -96,8 +95,8 @@ def test_training_goes_on_as_with_masked_weights(name):
         return optax.apply_updates(params, updates), state
 
     state = tx.init(params)
-    for _ in range(3):
-        params, state = step(params, state)
+    params, state = step(params, state)
+    params, state = step(params, state)
     params = masked(params)
     small, small_state = shrink(params, params, KEPT), shrink(state, params, KEPT)
     assert jax.eval_shape(tx.init, small) == jax.eval_shape(lambda: small_state)
@@ -170,8 +169,8 @@ def test_a_train_state_of_linen():
         shrink(create(variables), {"params": variables["params"]}, only)
 
 
-# One of each kind of state: counters, masks, codebooks, and both, in a chain and in a partition.
-HARD = {"prune-layer", "quantize-groups", "share-later", "prune-then-share", "partition"}
+# Masks; shapes that are static; a partition of a chain of masks and codebooks.
+HARD = {"prune-layer", "quantize-groups", "partition"}
 
 
 @pytest.mark.parametrize("case", [case for case in methods.CASES if case.name in HARD], ids=str)
@@ -205,34 +204,33 @@ def test_states_of_every_method(case):
     jax.eval_shape(step, small, small_state)
 
 
-def test_removed_weights_are_counted_anew():
-    for scope in ("layer", "global"):
-        tx = jaxcomp.wrap_optimizer(optax.sgd(0.1), methods.pruner(scope, sparsity=0.9))
-        params = methods.params()
-        state = tx.init(params)
-        for _ in range(6):
-            updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
-            params = optax.apply_updates(params, updates)
-        small = shrink(params, params, KEPT)
-        small_state = shrink(state, params, KEPT)
-        for _ in range(3):
-            buffers = small_state.compression.buffers
-            gone = [int(jnp.sum(~mask)) for mask in buffers.masks.values()]
-            expected = gone if scope == "layer" else [sum(gone)]
-            np.testing.assert_array_equal(buffers.removed, expected)
-            updates, small_state = tx.update(jax.tree.map(jnp.ones_like, small), small_state, small)
-            small = optax.apply_updates(small, updates)
-        assert sum(gone) < sum(mask.size for mask in buffers.masks.values())
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_removed_weights_are_counted_anew(scope):
+    params = methods.params()
+    state = jaxcomp.wrap_optimizer(optax.sgd(0.1), methods.pruner(scope)).init(params)
+    generator = np.random.default_rng(0)
+    masks = {
+        p: generator.uniform(size=m.shape) < 0.5 for p, m in state.compression.buffers.masks.items()
+    }
+    removed = [int(np.sum(~mask)) for mask in masks.values()]
+    removed = np.array(removed if scope == "layer" else [sum(removed)], np.uint32)
+    buffers = state.compression.buffers._replace(masks=masks, removed=jnp.asarray(removed))
+    state = state.replace(compression=jaxcomp.State({}, buffers))
+    small = shrink(state, params, KEPT).compression.buffers
+    assert_same(small.masks, {path: cut(mask, KEPT[path]) for path, mask in masks.items()})
+    gone = [int(np.sum(~mask)) for mask in small.masks.values()]
+    np.testing.assert_array_equal(small.removed, gone if scope == "layer" else [sum(gone)])
+    assert small.removed.dtype == jnp.uint32
 
 
 def test_a_codebook_as_long_as_a_cut_axis_stays():
     params = methods.params()
-    state = jaxcomp.wrap_optimizer(optax.adam(1e-2), share.train(8)).init(params)
+    state = jaxcomp.wrap_optimizer(optax.adam(1e-2), share.train(8, begin=9)).init(params)
     small = shrink(state, params, KEPT)
     assert small.compression.learned["second/kernel"].shape == (8,)
     assert small.inner[0].mu["second"]["kernel"].learned.shape == (8,)
     assert small.inner[0].mu["second"]["kernel"].weight.shape == (6, 4)
-    tight = jaxcomp.wrap_optimizer(optax.adam(1e-2), share.train(30)).init(params)
+    tight = jaxcomp.wrap_optimizer(optax.adam(1e-2), share.train(30, begin=9)).init(params)
     with pytest.raises(ValueError, match=r"refuses the smaller .*: second/kernel: 30 clus"):
         shrink(tight, params, KEPT)
     with pytest.raises(ValueError, match="pass the whole state of wrap_optimizer"):
