@@ -17,7 +17,7 @@ two slices and counts once in each.
 """
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -113,6 +113,44 @@ def needs_of(score: Callable[[ScoredGroup], Array]) -> frozenset[Need]:
         (['key'], [])
     """
     return score.needs if isinstance(score, ChannelScore) else frozenset()
+
+
+def evaluate_all(
+    score: Callable[[ScoredGroup], Array], groups: Sequence[ScoredGroup]
+) -> list[Float[Array, " units"]]:
+    """The scores of several groups, compiled as one program where the score can be traced.
+
+    Args:
+        score: as for :func:`evaluate`.
+        groups: the groups.
+
+    Returns:
+        One array a group.
+
+    Raises:
+        TypeError: as :func:`evaluate`.
+        ValueError: as :func:`evaluate`.
+
+    Example:
+        >>> group = ScoredGroup("kernel[1]", 2, {("kernel", 1): jnp.array([[1.0], [-3.0]])})
+        >>> evaluate_all(lambda group: jnp.sum(group.weights["kernel", 1] ** 2, axis=1), [group])
+        [Array([1., 9.], dtype=float32)]
+    """
+    fields = ("weights", "gradients", "squared_gradients", "activations", "key")
+
+    @jax.jit
+    def compiled(arrays: list[Any]) -> list[Array]:
+        parts = (dict(zip(fields, each, strict=True)) for each in arrays)
+        return [
+            evaluate(score, group._replace(**part))
+            for group, part in zip(groups, parts, strict=True)
+        ]
+
+    try:
+        return compiled([[getattr(group, name) for name in fields] for group in groups])
+    except jax.errors.JAXTypeError:
+        # A score that looks at values (NumPy, `if`) is as good: it only takes longer.
+        return [evaluate(score, group) for group in groups]
 
 
 def evaluate(score: Callable[[ScoredGroup], Array], group: ScoredGroup) -> Float[Array, " units"]:
@@ -301,7 +339,8 @@ def _rows(array: Any, axis: int, part: Any, group: Any) -> Array:
             f"{part.path}: positions of shape {positions.shape} in group {group.name}, "
             f"which has {group.size} units"
         )
-    array = jnp.asarray(array)
+    library: Any = np if isinstance(array, np.ndarray) else jnp
+    array = library.asarray(array)
     if not 0 <= axis < array.ndim or (
         positions.size and not 0 <= positions.min() <= positions.max() < array.shape[axis]
     ):
@@ -311,8 +350,8 @@ def _rows(array: Any, axis: int, part: Any, group: Any) -> Array:
             "were coupled"
         )
     array = array.astype(jnp.promote_types(array.dtype, jnp.float32))
-    rows = jnp.moveaxis(jnp.take(array, positions.ravel(), axis=axis), axis, 0)
-    return rows.reshape(group.size, -1)
+    rows = library.moveaxis(library.take(array, positions.ravel(), axis=axis), axis, 0)
+    return jnp.asarray(rows.reshape(group.size, -1))
 
 
 def _gather_activations(group: Any, activations: Mapping[tuple[str, int], Any] | None) -> Any:

@@ -1,7 +1,7 @@
 """Remove channels for real: neurons, filters and heads leave the parameters, and the model runs."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ from jaxcomp.model.rewrite import rewrite
 from jaxcomp.prune import channel_scores
 from jaxcomp.prune.budget import Budget, Met, meet, meet_time
 from jaxcomp.prune.channel_evidence import Evidence, gather_evidence
-from jaxcomp.prune.channel_groups import evaluate, needs_of, scored_group
+from jaxcomp.prune.channel_groups import evaluate_all, needs_of, scored_group
 from jaxcomp.prune.channel_selection import (
     Kept,
     RemovalOrder,
@@ -25,11 +25,34 @@ from jaxcomp.prune.channel_selection import (
     removal_order,
     shortfalls,
 )
-from jaxcomp.prune.shrink import shrink
+from jaxcomp.prune.shrink import on_host, shrink
 from jaxcomp.prune.smaller_model import SmallerModel, kept_positions, masked, size_of
 
 # Fixed for every model alike, and no news: not worth a line of the print-out.
 _PLAIN_REASONS = ("is an axis of the model's", "slides along it", "walks along it")
+
+
+class Model(NamedTuple):
+    """A traced model: the function, example inputs, and the coupling of its channels."""
+
+    apply_fn: Callable[..., Any]
+    inputs: tuple[Any, ...]
+    coupling: Coupling
+
+
+class Options(NamedTuple):
+    """How channels are chosen: the arguments of :func:`channels` of the same names."""
+
+    score: Callable[[Any], Any]
+    scope: Scope
+    round_to: int
+    keep: tuple[str, ...]
+    limits: Mapping[str, float] | None
+    renormalize: bool
+    loss: Callable[..., Any] | None
+    batches: Iterable[Any] | None
+    key: Any
+    progress: bool | None
 
 
 def channels(
@@ -105,37 +128,113 @@ def channels(
         parameters: 48 → 24 (50.0%)
         bytes: 192 → 96 (50.0%)
         >>> smaller.apply(smaller.params, jnp.ones((1, 3)))
-        Array([[178., 178.]], dtype=float32)
+        Array([[166., 166.]], dtype=float32)
     """
-    if (sparsity is None) == (budget is None):
+    goal = sparsity if budget is None else budget
+    if goal is None or (sparsity is not None and budget is not None):
         raise ValueError("give sparsity=, such as 0.5, or budget=, such as Budget(flops=0.5)")
     if budget is not None and not isinstance(budget, Budget):
         raise TypeError(f"budget must be a prune.Budget, such as Budget(flops=0.5), not {budget!r}")
-    _check_dense(params)
-    coupling = analyse(read(apply_fn, params, *inputs), renormalize)
-    evidence = gather_evidence(
-        needs_of(score), apply_fn, params, inputs,
-        loss=loss, batches=batches, key=key, progress=progress,
-    )  # fmt: skip
-    keep = tuple(keep)
-    names = {group.name: _names(group) for group in coupling.groups}
-    order = removal_order(
-        _scores(coupling, params, score, evidence, _kept_groups(keep, names)),
-        scope,
-        round_to=round_to,
-        positions={g.name: [s.positions.shape[1] for s in g.slices] for g in coupling.groups},
-        limits=limits,
-        keep=keep,
-        names=names,
+    options = Options(
+        score, scope, round_to, tuple(keep), limits, renormalize, loss, batches, key, progress
     )
-    if budget is None:
-        assert sparsity is not None
-        units = at_level(order, level_of(order, sparsity))
-        notes = shortfalls(order, sparsity)
-    else:
-        met = _meet(budget, order, coupling, apply_fn, params, inputs, renormalize, progress)
-        units, notes = met.selection, (_met(budget, met),)
-    return _build(coupling, apply_fn, params, units, notes, renormalize)
+    model = trace_model(apply_fn, params, inputs, renormalize)
+    order = rank(model, params, options)
+    units, notes = decide(order, model, params, goal, options)
+    return build(model, params, units, notes, renormalize)
+
+
+def trace_model(
+    apply_fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...], renormalize: bool
+) -> Model:
+    """Read a model whose channels are to be removed.
+
+    Args:
+        apply_fn: the model.
+        params: its parameters, dense.
+        inputs: an example batch.
+        renormalize: as in :func:`channels`.
+
+    Returns:
+        The model with its coupling.
+
+    Raises:
+        TypeError: a leaf of ``params`` is not an array or is compressed.
+    """
+    _check_dense(params)
+    return Model(apply_fn, inputs, analyse(read(apply_fn, params, *inputs), renormalize))
+
+
+def rank(
+    model: Model, params: Any, options: Options, gone: Mapping[str, np.ndarray] | None = None
+) -> RemovalOrder:
+    """Score all channels and put their removal into one order.
+
+    Args:
+        model: the traced model.
+        params: the full-size parameters, zero where channels are gone.
+        options: how channels are chosen.
+        gone: by group, (units,) booleans, True where a unit is gone already.
+
+    Returns:
+        The order.
+
+    Raises:
+        ValueError: as :func:`channels`.
+    """
+    evidence = gather_evidence(
+        needs_of(options.score), model.apply_fn, params, model.inputs,
+        loss=options.loss, batches=options.batches, key=options.key, progress=options.progress,
+    )  # fmt: skip
+    groups = model.coupling.groups
+    if gone:
+        evidence = _without(evidence, model.coupling, gone)
+    names = {group.name: _names(group) for group in groups}
+    spared = _kept_groups(options.keep, names)
+    return removal_order(
+        _scores(model.coupling, params, options.score, evidence, spared),
+        options.scope,
+        round_to=options.round_to,
+        positions={g.name: [s.positions.shape[1] for s in g.slices] for g in groups},
+        limits=options.limits,
+        keep=options.keep,
+        names=names,
+        gone=gone,
+    )
+
+
+def decide(
+    order: RemovalOrder, model: Model, params: Any, goal: float | Budget, options: Options
+) -> tuple[Kept, tuple[str, ...]]:
+    """How far along an order to go.
+
+    Args:
+        order: from :func:`rank`.
+        model: the traced model.
+        params: the full-size parameters, to measure time with.
+        goal: a sparsity or a budget.
+        options: how channels are chosen.
+
+    Returns:
+        By group, which units stay; and notes for the report.
+
+    Raises:
+        ValueError: the budget cannot be met.
+    """
+    if isinstance(goal, Budget):
+        met = _meet(goal, order, model, params, options)
+        return met.selection, (_met(goal, met),)
+    return at_level(order, level_of(order, goal)), shortfalls(order, goal)
+
+
+def _without(evidence: Evidence, coupling: Coupling, gone: Mapping[str, np.ndarray]) -> Evidence:
+    """No gradients where weights are gone: the smaller model has none there."""
+    kept = kept_positions(coupling, {name: ~lost for name, lost in gone.items()})
+    fields = ("gradients", "squared_gradients")
+    given = {name: getattr(evidence, name) for name in fields}
+    return evidence._replace(
+        **{name: masked(tree, kept) for name, tree in given.items() if tree is not None}
+    )
 
 
 def _check_dense(params: Any) -> None:
@@ -163,29 +262,27 @@ def _scores(
     evidence: Evidence,
     spared: set[str],
 ) -> dict[str, np.ndarray]:
-    leaves = tree_lib.flatten(params, is_leaf=lambda _: False)
+    leaves = {
+        path: on_host(leaf)
+        for path, leaf in tree_lib.flatten(params, is_leaf=lambda _: False).items()
+    }
     free = [g for g in coupling.groups if g.fixed is None and g.name not in spared]
     if not free:
         reasons = (f"{g.name} {g.fixed or 'is named by keep'}" for g in coupling.groups)
         raise ValueError(f"no channel of this model can be cut: {'; '.join(reasons)}")
-    return {
-        group.name: np.asarray(
-            evaluate(score, scored_group(group, leaves, **evidence._asdict())), np.float64
-        )
-        for group in free
-    }
+    groups = [scored_group(group, leaves, **evidence._asdict()) for group in free]
+    scores = evaluate_all(score, groups)
+    return {g.name: np.asarray(s, np.float64) for g, s in zip(groups, scores, strict=True)}
 
 
 def _meet(
     budget: Budget,
     order: RemovalOrder,
-    coupling: Coupling,
-    apply_fn: Callable[..., Any],
+    model: Model,
     params: Any,
-    inputs: tuple[Any, ...],
-    renormalize: bool,
-    progress: bool | None,
+    options: Options,
 ) -> Met:
+    apply_fn, inputs, coupling = model
     select = lambda level: at_level(order, level)
     if budget.kind != "milliseconds":
         cost = lambda units: getattr(size_of(coupling, _keep(coupling, units)), budget.kind)
@@ -193,11 +290,11 @@ def _meet(
 
     def prepare(units: Kept) -> Callable[[], Any]:
         kept = kept_positions(coupling, units)
-        run = jax.jit(rewrite(apply_fn, _shapes(params), kept, renormalize))
+        run = jax.jit(rewrite(apply_fn, shapes_of(params), kept, options.renormalize))
         smaller = shrink(params, params, kept)
         return lambda: jax.block_until_ready(run(smaller, *inputs))
 
-    return meet_time(budget, prepare, select, order.levels, progress=progress is not False)
+    return meet_time(budget, prepare, select, order.levels, progress=options.progress is not False)
 
 
 def _met(budget: Budget, met: Met) -> str:
@@ -210,20 +307,29 @@ def _keep(coupling: Coupling, units: Mapping[str, np.ndarray]) -> dict[Any, np.n
     return {coupling.units[name]: mask for name, mask in units.items() if not mask.all()}
 
 
-def _shapes(params: Any) -> Any:
+def shapes_of(params: Any) -> Any:
+    """The same tree with shapes and dtypes for arrays."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
 
 
-def _build(
-    coupling: Coupling,
-    apply_fn: Callable[..., Any],
-    params: Any,
-    units: Kept,
-    notes: tuple[str, ...],
-    renormalize: bool,
+def build(
+    model: Model, params: Any, units: Kept, notes: tuple[str, ...], renormalize: bool
 ) -> SmallerModel:
+    """Cut, and say what was cut.
+
+    Args:
+        model: the traced model.
+        params: the full-size parameters.
+        units: by group, which units stay; groups that are not named stay whole.
+        notes: for the report.
+        renormalize: as in :func:`channels`.
+
+    Returns:
+        The smaller model.
+    """
+    coupling = model.coupling
     kept = kept_positions(coupling, units)
-    full, keep = _shapes(params), _keep(coupling, units)
+    full, keep = shapes_of(params), _keep(coupling, units)
     smaller = shrink(params, full, kept)
     before = tree_lib.flatten(full, is_leaf=lambda _: False)
     after = tree_lib.flatten(smaller, is_leaf=lambda _: False)
@@ -247,7 +353,7 @@ def _build(
         after=size_of(coupling, keep),
         fixed=fixed,
         notes=(*changed, *notes),
-        apply=rewrite(apply_fn, full, kept, renormalize),
+        apply=rewrite(model.apply_fn, full, kept, renormalize),
         full_params=full,
         renormalize=renormalize,
     )

@@ -311,10 +311,30 @@ def take(leaf: Any, kept: tuple[Any, ...]) -> Any:
                 array = library.take(array, positions, axis=axis)
         return array
 
-    if isinstance(leaf, np.ndarray):
-        return cut(leaf)
+    if isinstance(leaf, np.ndarray) or on_host(leaf) is not leaf:
+        return at_once(cut, leaf)
     smaller = automatic(cut, out=spec_like(leaf, shape))(leaf)
     return smaller if placed is None or explicit_axes(leaf) else jax.device_put(smaller, placed)
+
+
+def on_host(leaf: Any) -> Any:
+    """An array of one device as NumPy's; what is spread, traced or not numbers as it is.
+
+    Each shape would be compiled anew for what is done with it once; NumPy does it at once.
+    """
+    if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+        single = len(leaf.sharding.device_set) == 1 and leaf.is_fully_addressable
+        if single and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+            return np.asarray(leaf)
+    return leaf
+
+
+def at_once(function: Any, leaf: Any) -> Any:
+    """Run a function of one array where it takes least: on the host, and back to its device."""
+    host = on_host(leaf)
+    if host is leaf:
+        return function(leaf)
+    return jax.device_put(function(host), leaf.sharding if leaf.committed else None)
 
 
 def _divisible(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:

@@ -12,7 +12,7 @@ from jaxcomp import tree as tree_lib
 from jaxcomp.model.couple import Coupling
 from jaxcomp.model.rewrite import rewrite, smaller_shapes
 from jaxcomp.model.tally import Tally
-from jaxcomp.prune.shrink import shrink
+from jaxcomp.prune.shrink import at_once, shrink
 
 Kept = dict[str, tuple[np.ndarray | None, ...]]
 
@@ -157,12 +157,19 @@ def masked(params: Any, kept: Kept) -> Any:
     Returns:
         A tree of the same structure and shapes.
     """
-    news = {}
-    for path, leaf in tree_lib.flatten(params, is_leaf=lambda _: False).items():
-        for axis, positions in enumerate(kept[path]):
+
+    def zeroed(array: Any, stays: tuple[np.ndarray | None, ...]) -> Any:
+        library = np if isinstance(array, np.ndarray) else jnp
+        for axis, positions in enumerate(stays):
             if positions is not None:
-                mask = np.isin(np.arange(leaf.shape[axis]), positions)
-                mask = mask.reshape([-1 if i == axis else 1 for i in range(leaf.ndim)])
-                leaf = jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))
-        news[path] = leaf
+                mask = np.isin(np.arange(array.shape[axis]), positions)
+                mask = mask.reshape([-1 if i == axis else 1 for i in range(array.ndim)])
+                array = library.where(mask, array, library.zeros((), array.dtype))
+        return array
+
+    news = {
+        path: at_once(lambda array, stays=kept[path]: zeroed(array, stays), leaf)
+        for path, leaf in tree_lib.flatten(params, is_leaf=lambda _: False).items()
+        if any(positions is not None for positions in kept[path])
+    }
     return tree_lib.replace(params, news)
