@@ -92,6 +92,7 @@ _WRITES = frozenset({"dynamic_update_slice", "scatter"}) | _SCATTERS
 _MOVES = frozenset(
     {"all_gather", "all_gather_invariant", "all_to_all", "axis_index", "broadcast_in_dim"}
     | {"concatenate", "bitcast_convert_type", "iota", "pad", "ppermute", "rev", "transpose"}
+    | {"stack", "tile", "unstack"}
     | {"random_wrap", "random_unwrap", "create_token", "empty", "debug_callback", "print"}
 )
 

@@ -132,6 +132,27 @@ def _split(op: Op, states: _States) -> Any:
     ]
 
 
+def _stack(op: Op, states: _States) -> Any:
+    axis, size = int(op.params["axis"]), len(op.inputs)
+    return [
+        [trail_lib.stack(t, axis, i, size) for i, state in enumerate(states) for t in state or ()]
+    ]
+
+
+def _unstack(op: Op, states: _States) -> Any:
+    axis = int(op.params["axis"])
+    cuts = [
+        [trail_lib.cut(trail, axis, i, 1) for trail in states[0] or ()]
+        for i in range(len(op.outputs))
+    ]
+    return [[t and trail_lib.remove(t, [axis]) for t in row] for row in cuts]
+
+
+def _tile(op: Op, states: _States) -> Any:
+    repeats = _ints(op.params["reps"])
+    return _rows(op, states[0], lambda trail, _: trail_lib.tile(trail, repeats))
+
+
 def _concatenate(op: Op, states: _States) -> Any:
     axis, row, offset = int(op.params["dimension"]), [], 0
     size = op.outputs[0].shape[axis]
@@ -228,6 +249,9 @@ _RULES: dict[str, Callable[[Op, _States], Any]] = {
     "dynamic_slice": _dynamic_slice,
     "split": _split,
     "concatenate": _concatenate,
+    "stack": _stack,
+    "unstack": _unstack,
+    "tile": _tile,
     "pad": _pad,
     "rev": _reverse,
     "all_gather": _all_gather,

@@ -2,6 +2,9 @@
 
 from collections.abc import Callable
 
+import jax.numpy as jnp
+import numpy as np
+
 from jaxcomp.model.cost import NOTHING, Cost, is_counted, op_cost
 from jaxcomp.model.program import Block, Op, Value, wirings
 from jaxcomp.model.uses import devices, live_ops
@@ -46,6 +49,7 @@ class Tally:
         self.uncounted: dict[str, int] = {}
         self.notes: list[str] = []
         self._shape = shape
+        self._numbers: dict[Value, float] = {}
 
     def block(self, block: Block) -> Cost:
         """The cost of a block, with the bodies of its loops as often as they run."""
@@ -55,7 +59,10 @@ class Tally:
         if not op.blocks:
             if not is_counted(op.name):
                 self.uncounted[op.name] = self.uncounted.get(op.name, 0) + 1
-            return cost_of(op, self._shape)
+            return NOTHING if self._idle(op) else cost_of(op, self._shape)
+        if op.name not in ("scan", "while", "cond", "shard_map"):
+            for inner, outer in zip(op.blocks[0].inputs, op.inputs, strict=True):
+                self._know(inner, self._number(outer))
         bodies = [self.block(wiring.block) for wiring in wirings(op)]
         if op.name == "cond":
             if len(set(bodies)) > 1:
@@ -66,3 +73,28 @@ class Tally:
         times = devices(op) if op.name == "shard_map" else 1
         turns = [1 if wiring.trips is None else wiring.trips for wiring in wirings(op)]
         return sum((b.times(n * times) for b, n in zip(bodies, turns, strict=True)), NOTHING)
+
+    def _idle(self, op: Op) -> bool:
+        """Whether an operation hands on what it is given, as XLA sees without optimizing."""
+        if op.name in ("broadcast_in_dim", "convert_element_type", "reshape", "squeeze"):
+            self._know(op.outputs[0], self._number(op.inputs[0]))
+        numbers = [self._number(value) for value in op.inputs]
+        return (
+            (op.name == "add" and 0 in numbers)
+            or (op.name == "sub" and numbers[1] == 0)
+            or (op.name == "mul" and 1 in numbers)
+        )
+
+    def _number(self, value: Value) -> float | None:
+        """The one number that a value holds throughout, where the program spells it out."""
+        constant = value.constant
+        if isinstance(constant, bool) or constant is None or np.size(constant) != 1:
+            return self._numbers.get(value)
+        known = jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(
+            value.dtype, jnp.integer
+        )
+        return float(np.asarray(constant).ravel()[0]) if known else None
+
+    def _know(self, value: Value, number: float | None) -> None:
+        if number is not None:
+            self._numbers[value] = number

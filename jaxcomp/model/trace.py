@@ -3,6 +3,7 @@
 FLOPs follow XLA's own count of the lowered program (:mod:`jaxcomp.model.cost` says how, and where
 not); the differences that remain are of loops: XLA counts one turn of a ``scan``, here all turns
 are counted; of a ``while`` both count one, since only the running program knows how many there are.
+Like XLA, nothing is counted for adding or taking away a literal 0, or multiplying by a literal 1.
 Of a ``cond`` both count the dearest branch. A ``shard_map`` is counted on all devices together.
 """
 

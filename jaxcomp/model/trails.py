@@ -201,7 +201,8 @@ def _fit(have: list[Digit], want: list[int]) -> tuple[list[Axis], list[Digit]] |
 def cut(trail: Trail, axis: int, start: int | None, count: int, step: int = 1) -> Trail | None:
     """The trail after a slice along one axis (``start`` may be unknown); None: nothing is left."""
     digits = trail.axes[axis]
-    if (start in (0, None) and count == length(digits)) or not leaf_axes(digits):
+    plain = not leaf_axes(digits) and not any(digit.inside for digit in digits)
+    if (start in (0, None) and count == length(digits)) or plain:
         return _with(trail, axis, digits if count == length(digits) else foreign(count))
     if start is None:
         return _cut_somewhere(trail, axis, count)
@@ -259,6 +260,18 @@ def embed(trail: Trail, axis: int, offset: int, size: int) -> Trail:
     if len(digits) == 1 and digits[0].inside:
         offset, digits = offset + digits[0].offset, digits[0].inside
     return _with(trail, axis, (Digit(size, inside=digits, offset=offset),))
+
+
+def stack(trail: Trail, axis: int, position: int, size: int) -> Trail:
+    """The trail after arrays were stacked along a new axis, this one at ``position``."""
+    new = (Digit(size, inside=foreign(1), offset=position),)
+    return trail._replace(axes=(*trail.axes[:axis], new, *trail.axes[axis:]))
+
+
+def tile(trail: Trail, repeats: Sequence[int]) -> Trail:
+    """The trail after each axis was repeated as a whole."""
+    axes = zip(repeats, trail.axes, strict=True)
+    return trail._replace(axes=tuple(merge_digits((Digit(n), *axis)) for n, axis in axes))
 
 
 def reverse(trail: Trail, axis: int) -> Trail:

@@ -160,6 +160,7 @@ def test_aimed_by_partition_and_trained():
         return optax.apply_updates(params, updates), state, value
 
     _, _, first = step(params, state)
+    value = first
     for _ in range(40):
         params, state, value = step(params, state)
     assert value < 0.8 * first
