@@ -109,12 +109,14 @@ def _lookup(use: Use, shape: Sequence[int]) -> Samples:
         return Samples(
             rows, (), lambda inputs: jnp.clip(jnp.ravel(inputs[1 + axis]), 0, rows - 1), True
         )
-    if tuple(use.op.params["dimension_numbers"].start_index_map) != (axis,):
-        raise Unobservable(f"{use.op} looks it up along more axes than one")
+    along = tuple(use.op.params["dimension_numbers"].start_index_map)
     clip = use.op.params["mode"] == GatherScatterMode.CLIP
+    if axis not in along or (len(along) > 1 and not clip):
+        raise Unobservable(f"{use.op} looks it up along more axes than one")
 
     def take(inputs: tuple[Any, ...]) -> jax.Array:
-        ids = inputs[1][..., 0]
+        # Along any other axis the whole is taken, so that a clipped index has no say there.
+        ids = inputs[1][..., along.index(axis)]
         return jnp.clip(ids, 0, rows - 1) if clip else ids
 
     return Samples(rows, (), take, rows=True)

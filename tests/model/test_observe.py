@@ -400,6 +400,35 @@ def test_vmapped_models():
         close(found[i], observe(grouped, kernels[i], [images[i]], second_moment())[""])
 
 
+def test_experts_and_low_rank_factors():
+    params = {"experts": normal(3, 4, 5), "down": normal(5, 2), "up": normal(2, 5)}
+
+    def model(params, x):
+        x = jnp.einsum("ecd,edf->ecf", x, params["experts"])
+        return x + x @ params["down"] @ params["up"]
+
+    x = normal(3, 6, 4, seed=1)
+    hidden = np.einsum("ecd,edf->ecf", x, params["experts"])
+    found = observe(model, params, [x], second_moment())
+    close(found["experts"], np.stack([moment(x[i]) for i in range(3)]))
+    close(found["down"], moment(hidden))
+    close(found["up"], moment(hidden @ np.asarray(params["down"])))
+
+
+def test_what_is_done_to_a_weight_does_not_change_its_input():
+    w, x = normal(3, 4), normal(5, 3, seed=1)
+    mask = jnp.asarray(np.random.default_rng(0).integers(0, 2, (3, 4)), jnp.float32)
+    for change in (
+        lambda w: w * mask,
+        lambda w: w / jnp.linalg.norm(w, axis=0),
+        lambda w: jnp.round(w * 4) / 4,
+        lambda w: w.astype(jnp.float16).astype(jnp.float32),
+    ):
+        found = observe(lambda w, x: x @ change(w), w, [x], second_moment())  # noqa: B023
+        assert not found.unobserved
+        close(found[""], moment(x))
+
+
 # Tied weights and embeddings.
 
 
@@ -417,6 +446,22 @@ def test_a_tied_embedding_is_looked_up_and_then_multiplied():
     found = observe(model, {"table": table}, [ids], second_moment())
     assert list(found) == ["table#2"]
     assert "looked up" in found.unobserved["table"]
+
+
+LOOKUPS = {
+    "by index": lambda table, ids: table[ids],
+    "by example": lambda table, ids: jax.vmap(lambda i: table[i])(ids),
+    "by slice": lambda table, ids: lax.map(lambda i: table[i], ids),
+    "by name": lambda table, ids: jnp.take(table.T, ids, axis=1),
+    "one-hot": lambda table, ids: jax.nn.one_hot(ids, len(table)) @ table,
+}
+
+
+@pytest.mark.parametrize("name", LOOKUPS)
+def test_rows_of_an_embedding_are_counted(name):
+    batches = [jnp.array([0, 1, 1, 4]), jnp.array([4, 4, 1, 4])]
+    found = observe(LOOKUPS[name], normal(5, 3), batches, mean_square())[""]
+    np.testing.assert_allclose(found, np.array([1, 3, 0, 0, 4]) / 8)
 
 
 @pytest.mark.parametrize("mode", ["clip", "fill"])
