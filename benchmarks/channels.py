@@ -5,10 +5,10 @@
 
 First table: an MLP and ResNet-20s of 32×32×3 images, dense and smaller in one run, by turns. Half
 of the inputs and half of the outputs of a layer are a quarter of its work: the limit is the ratio
-of the multiply-accumulates, nearly 4. A ResNet-20 begins with 16 channels, and XLA's convolutions on
-a CPU reach their full rate from 32 on (at 16 half of it, at 8 a quarter), so it is shown four times
-as wide too. "written so" is the same Linen module made with half the width, on the same smaller
-weights: what the smaller model would take if it had been written by hand.
+of the multiply-accumulates, nearly 4. A ResNet-20 begins with 16 channels, and XLA's convolutions
+on a CPU reach their full rate from 32 on (at 16 half of it, at 8 a quarter), so it is shown four
+times as wide too. "written so" is the same Linen module made with half the width, on the same
+smaller weights: what the smaller model would take if it had been written by hand.
 
 Second table: the same random weights and the same criterion, the sum of absolute weights over a
 group, in both tools. The first of two runs in each pays for imports and compilation. The
