@@ -1,5 +1,6 @@
 """Channel scores against plain loops over every number that belongs to a unit."""
 
+import doctest
 from typing import NamedTuple
 
 import jax
@@ -229,3 +230,12 @@ def test_scores_can_be_jitted():
     group, leaves = mlp()
     jitted = jax.jit(lambda leaves: evaluate(scores.l2, scored_group(group, leaves)))
     np.testing.assert_allclose(jitted(leaves), scores.l2(scored_group(group, leaves)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["taylor", "fisher", "activation_norm", "random"])
+def test_examples_of_scores_that_declare_needs(name):
+    # Doctest collects functions, and these are wrapped.
+    function = getattr(scores, name).function
+    (example,) = doctest.DocTestFinder(recurse=False).find(function, name, globs=vars(scores))
+    assert example.examples
+    assert doctest.DocTestRunner().run(example).failed == 0
