@@ -2,7 +2,8 @@
 
 The order is a list of levels, each of which removes all that the level before it removes and a
 little more. A sparsity and a budget are then both a level of one list: the first that removes
-enough, or the first that costs little enough.
+enough, or the first that costs little enough. Units that are gone already stay gone at every level,
+so that removal can go on in steps.
 """
 
 import fnmatch
@@ -31,7 +32,8 @@ class RemovalOrder(NamedTuple):
         names: the groups that steps point at.
         groups: (steps,): the group that loses units in a step.
         removed: (steps,): how many units the group has lost after it.
-        steps_at: (levels + 1,): how many steps each level has taken; level 0 removes nothing.
+        steps_at: (levels + 1,): how many steps each level has taken; level 0 removes nothing but
+            what is gone already.
         thresholds: (levels,): what a level is the first to reach: a sparsity in units of 1e-7
             (scope "layer"), or a number of units removed (scope "global").
         scope: "layer" or "global".
@@ -88,6 +90,7 @@ def removal_order(
     keep: Iterable[str] = (),
     names: Mapping[str, Sequence[str]] | None = None,
     normalize: bool = True,
+    gone: Mapping[str, Any] | None = None,
 ) -> RemovalOrder:
     """Put every removal that is allowed into one order.
 
@@ -109,46 +112,53 @@ def removal_order(
         normalize: whether scope "global" compares scores divided by their group's mean magnitude. A
             sum over a group grows with the group's size, so that raw scores mostly tell wide layers
             from narrow ones; a score in units of the loss can be compared as it is.
+        gone: by group, (units,) booleans, True where a unit is gone already: it goes first whatever
+            its score, takes no part in the normalization, and no level brings it back. A block of
+            ``round_to`` that has lost some of its units loses the others before any other goes.
 
     Returns:
         The order.
 
     Raises:
         ValueError: no scores, scores that are not finite or not (units,), an unknown scope, a bad
-            ``round_to`` or limit, or a pattern that matches nothing.
+            ``round_to`` or limit, a pattern that matches nothing, or more units gone than may go.
 
     Example:
         >>> order = removal_order({"a": np.array([3.0, 1.0, 2.0, 4.0])}, round_to=2)
         >>> [int(at_level(order, level)["a"].sum()) for level in range(order.levels + 1)]
         [4, 2]
     """
-    arrays = _checked(scores, scope, round_to)
+    arrays = _checked(scores, scope, round_to, gone or {})
     targets = {name: (name, *(names or {}).get(name, ())) for name in {**arrays, **(names or {})}}
     kept = {group for pattern in keep for group in match_groups(pattern, targets)}
     ceilings = _ceilings(limits or {}, targets)
     orders, keys, groups, removed = {}, [], [], []
     for index, (name, array) in enumerate(arrays.items()):
         orders[name] = np.argsort(array, kind="stable")
-        if name in kept:
-            continue
         step = _step(round_to, (positions or {}).get(name, (1,)))
         counts = _counts(len(array), step, ceilings.get(name, _RESOLUTION))
+        _check_gone(name, array, counts if name not in kept else counts[:0])
+        if name in kept:
+            continue
         groups.append(np.full(len(counts), index))
         removed.append(counts)
         ranked = array[orders[name]] / (_mean_magnitude(array) if normalize else 1.0)
-        keys.append(_block_means(ranked, counts) if scope == "global" else _firsts(array, counts))
-    key, group, gone = (np.concatenate(parts or [np.zeros(0)]) for parts in (keys, groups, removed))
-    group, gone = group.astype(np.int64), gone.astype(np.int64)
+        blocks = _block_means(ranked, counts)
+        firsts = np.where(np.isneginf(blocks), blocks, _firsts(array, counts))
+        keys.append(blocks if scope == "global" else firsts)
+    key, group, lost = (np.concatenate(parts or [np.zeros(0)]) for parts in (keys, groups, removed))
+    group, lost = group.astype(np.int64), lost.astype(np.int64)
     # Equal keys go group by group; within a group keys and counts rise together.
-    sequence = np.lexsort((gone, group, key))
-    key, group, gone = key[sequence], group[sequence], gone[sequence]
+    sequence = np.lexsort((lost, group, key))
+    key, group, lost = key[sequence], group[sequence], lost[sequence]
     units = {name: len(array) for name, array in arrays.items() if name not in kept}
+    done = int(np.sum(np.isneginf(key)))
     if scope == "global":
-        thresholds, steps_at = _total_removed(group, gone), np.arange(len(key) + 1)
+        thresholds, steps_at = _total_removed(group, lost)[done:], np.arange(done, len(key) + 1)
     else:
-        thresholds, counts = np.unique(key.astype(np.int64), return_counts=True)
-        steps_at = np.concatenate([[0], np.cumsum(counts)])
-    return RemovalOrder(orders, tuple(arrays), group, gone, steps_at, thresholds, scope, units)
+        thresholds, counts = np.unique(key[done:].astype(np.int64), return_counts=True)
+        steps_at = done + np.concatenate([[0], np.cumsum(counts)])
+    return RemovalOrder(orders, tuple(arrays), group, lost, steps_at, thresholds, scope, units)
 
 
 def level_of(order: RemovalOrder, sparsity: float) -> int:
@@ -171,7 +181,7 @@ def level_of(order: RemovalOrder, sparsity: float) -> int:
         reached = np.searchsorted(order.thresholds, round(sparsity * _RESOLUTION), side="right")
         return int(reached)
     target = _round_share(sparsity, sum(order.units.values()))
-    if target == 0:
+    if target <= _removed_at(order, 0).sum():
         return 0
     return min(int(np.searchsorted(order.thresholds, target, side="left")) + 1, order.levels)
 
@@ -181,7 +191,7 @@ def at_level(order: RemovalOrder, level: int) -> Kept:
 
     Args:
         order: from :func:`removal_order`.
-        level: 0 (nothing is removed) to ``order.levels``.
+        level: 0 (nothing is removed but what is gone already) to ``order.levels``.
 
     Returns:
         By group, (units,) booleans, True where a unit is kept.
@@ -196,11 +206,8 @@ def at_level(order: RemovalOrder, level: int) -> Kept:
     """
     if not 0 <= level <= order.levels:
         raise ValueError(f"level {level} of an order with levels 0 to {order.levels}")
-    steps = order.steps_at[level]
-    counts = np.zeros(len(order.names), np.int64)
-    np.maximum.at(counts, order.groups[:steps], order.removed[:steps])
     kept = {}
-    for name, count in zip(order.names, counts, strict=True):
+    for name, count in zip(order.names, _removed_at(order, level), strict=True):
         kept[name] = np.ones(len(order.orders[name]), bool)
         kept[name][order.orders[name][:count]] = False
     return kept
@@ -268,26 +275,57 @@ def match_groups(pattern: str, names: Mapping[str, Sequence[str]]) -> list[str]:
     return found
 
 
-def _checked(scores: Mapping[str, Any], scope: str, round_to: int) -> dict[str, np.ndarray]:
+def _removed_at(order: RemovalOrder, level: int) -> np.ndarray:
+    """(groups,): how many units each group has lost at a level."""
+    steps = order.steps_at[level]
+    counts = np.zeros(len(order.names), np.int64)
+    np.maximum.at(counts, order.groups[:steps], order.removed[:steps])
+    return counts
+
+
+def _checked(
+    scores: Mapping[str, Any], scope: str, round_to: int, gone: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """The scores, with minus infinity for what is gone already."""
     if scope not in get_args(Scope):
         raise ValueError(f"scope must be 'layer' or 'global', not {scope!r}")
     if isinstance(round_to, bool) or round_to < 1:
         raise ValueError(f"round_to must be a width of at least 1, such as 8, not {round_to}")
     if not scores:
         raise ValueError("there is no group of channels to cut: every one is fixed")
+    for name in gone:
+        if name not in scores:
+            raise ValueError(f"gone names '{name}': no scores; {tree_lib.nearest(name, scores)}")
     arrays = {}
     for name, given in scores.items():
-        array = np.asarray(given, np.float64)
+        array = np.array(given, np.float64)
         if array.ndim != 1 or not array.size:
             raise ValueError(f"{name}: scores of shape {array.shape}, not one number a unit")
+        lost = np.asarray(gone.get(name, np.zeros(array.shape, bool)))
+        if lost.dtype != bool or lost.shape != array.shape or lost.all():
+            raise ValueError(
+                f"{name}: gone must be {array.shape} booleans that leave a unit, not {lost!r:.80}"
+            )
+        array[lost] = 0.0
         bad = int(np.sum(~np.isfinite(array)))
         if bad:
             raise ValueError(
                 f"{name}: {bad} of {array.size} scores are NaN or infinite: mend the weights or "
                 "the score; to protect a group, `keep` it"
             )
+        array[lost] = -np.inf
         arrays[name] = array
     return arrays
+
+
+def _check_gone(name: str, array: np.ndarray, counts: np.ndarray) -> None:
+    """Raise unless all that is gone may go."""
+    lost, most = int(np.sum(np.isneginf(array))), int(counts.max(initial=0))
+    if lost > most:
+        raise ValueError(
+            f"{name}: {lost} of {len(array)} units are gone already, but keep, limits and round_to "
+            f"allow {most}: loosen them"
+        )
 
 
 def _ceilings(limits: Mapping[str, float], names: Mapping[str, Sequence[str]]) -> dict[str, int]:
@@ -316,6 +354,7 @@ def _counts(size: int, step: int, ceiling: int) -> np.ndarray:
 
 
 def _mean_magnitude(array: np.ndarray) -> float:
+    array = array[np.isfinite(array)]
     # Scaled first, so that the sum of huge scores does not overflow; all zeros stay zeros.
     largest = float(np.max(np.abs(array)))
     return float(np.mean(np.abs(array) / largest)) * largest if largest else 1.0
