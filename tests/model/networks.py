@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
-from tests.model.steps import BY_RANK, Draw, Made, Shape, combine, convolve, dense, pick
+from tests.model.steps import BY_RANK, Draw, Made, Shape, combine, dense, pick
 
 
 class Step(NamedTuple):
@@ -64,8 +64,9 @@ class Drawn(NamedTuple):
 def networks(draw: Draw, most_steps: int = 7) -> Drawn:
     """Draw a network of images, sequences or vectors, in float32, with batches of two.
 
-    It begins with a layer that has weights. What no step reads becomes an output, mostly through a
-    dense head; so nothing is dead, and some channels that come out as they are must stay.
+    It begins with a dense layer. What no step reads becomes an output, mostly through a dense head;
+    so nothing is dead, and some channels that come out as they are must stay. So must those that
+    the input is added to, or that a norm is taken over: about one network in eight has none to cut.
     """
     shapes: list[Shape] = [pick(draw, (2, 4), (2, 3, 4), (2, 4, 4, 3))]
     steps: list[Step] = []
@@ -81,19 +82,20 @@ def networks(draw: Draw, most_steps: int = 7) -> Drawn:
             steps.append(Step(f"{maker.__name__}{len(steps)}", made, reads))
             shapes.append(shape)
 
-    add(convolve if len(shapes[0]) == 4 else dense, 0)
+    add(dense, 0)
     for _ in range(draw(st.integers(2, most_steps))):
         # Mostly the newest value; sometimes an older one, so that paths part and meet again.
         last = len(shapes) - 1
-        here = pick(draw, last, last, draw(st.integers(0, last)))
-        if draw(st.integers(0, 3)) == 0:
-            add(combine, here, draw(st.integers(0, last)))
+        here = pick(draw, last, last, draw(st.integers(1, last)))
+        if draw(st.integers(0, 3)) == 3:
+            other = draw(st.integers(1, last))
+            add(combine, here, pick(draw, other, other, other, 0))
         else:
             add(pick(draw, *BY_RANK[len(shapes[here])]), here)
     read = {i for step in steps for i in step.reads}
     outputs = []
     for i in sorted(set(range(1, len(shapes))) - read):
-        if draw(st.integers(0, 4)):
+        if draw(st.integers(0, 5)) < 5:
             add(dense, i)
             i = len(shapes) - 1
         outputs.append(i)

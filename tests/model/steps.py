@@ -349,21 +349,27 @@ def combine(draw: Draw, shape: Shape, other: Shape) -> Made | None:
     return Made({"kernel": kernel}, lambda w, x, y: function(x, y @ w["kernel"]))
 
 
+# What is named twice comes more often.
 ANY_RANK = (
     dense,
+    dense,
+    activate,
     activate,
     affine,
     batch_norm,
     channel_norm,
     group_norm,
     choose,
+    choose,
     widen,
     fold,
+    fold,
     gate,
+    layers,
     layers,
 )
 BY_RANK = {
     2: ANY_RANK,
-    3: (*ANY_RANK, convolve, attend, recur, reshape),
-    4: (*ANY_RANK, convolve, convolve, convolve, upsample, pool, reshape),
+    3: (*ANY_RANK, convolve, attend, attend, recur, reshape),
+    4: (*ANY_RANK, convolve, convolve, convolve, convolve, upsample, pool, reshape),
 }
