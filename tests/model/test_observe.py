@@ -148,7 +148,9 @@ def test_second_moment_is_that_of_the_jacobian(name):
     close(found["w"], expected if layer.groups > 1 else expected[0])
 
 
-@pytest.mark.parametrize("name", [name for name in LAYERS if "conv" not in name])
+@pytest.mark.parametrize(
+    "name", ["out of transposed heads", "inputs last and first", "turned around"]
+)
 def test_channels_of_a_dot_are_in_the_order_of_the_leaf(name):
     layer = LAYERS[name]
     kernel, x = normal(*layer.kernel), normal(*layer.data, seed=1)
@@ -283,8 +285,7 @@ def test_turns_of_a_loop_count_together():
     assert counts.sum() == 2 * 7 * 2 * 3
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize(("reverse", "remat"), [(False, False), (True, True)])
 def test_layers_of_a_scan_have_a_value_each(reverse, remat):
     params = normal(5, 4, 4)
 
@@ -337,6 +338,26 @@ def test_nested_loops():
     assert not found.unobserved
     for (name, at), inputs in seen.items():
         close(found[name][at], moment(np.stack(inputs)))
+
+
+def test_a_weight_walked_by_one_loop_and_again_by_a_loop_inside():
+    def model(params, x):
+        again = lambda h, w: (jnp.sin(h @ w), None)
+        layer = lambda h, w: (lax.scan(again, jnp.cos(h @ w), params)[0], None)
+        return lax.scan(layer, x, params)[0]
+
+    params, x = normal(2, 4, 4), normal(3, 4, seed=1)
+    h, outer, inner = np.asarray(x), [], [[], []]
+    for w in np.asarray(params):
+        outer.append(moment(h))
+        h = np.cos(h @ w)
+        for i, v in enumerate(np.asarray(params)):
+            inner[i].append(h)
+            h = np.sin(h @ v)
+    found = observe(model, params, [x], second_moment())
+    assert list(found) == ["", "#2"]
+    close(found[""], np.stack(outer))
+    close(found["#2"], np.stack([moment(np.stack(inputs)) for inputs in inner]))
 
 
 def test_while_loops():
@@ -392,10 +413,10 @@ def test_vmapped_models():
     ensemble = jax.vmap(lambda w, x: x @ w)
     found = observe(ensemble, members, [inputs], second_moment())[""]
     close(found, np.stack([moment(inputs[0]), moment(inputs[1])]))
-    kernels, images = normal(2, 3, 3, 4, 6), normal(2, 1, 5, 5, 8, seed=1)
+    kernels, images = normal(2, 2, 1, 4, 6), normal(2, 1, 3, 3, 8, seed=1)
     grouped = conv(HWIO, feature_group_count=2)
     found = observe(jax.vmap(grouped), kernels, [images], second_moment())[""]
-    assert found.shape == (2, 2, 36, 36)
+    assert found.shape == (2, 2, 8, 8)
     for i in range(2):
         close(found[i], observe(grouped, kernels[i], [images[i]], second_moment())[""])
 
@@ -413,6 +434,20 @@ def test_experts_and_low_rank_factors():
     close(found["experts"], np.stack([moment(x[i]) for i in range(3)]))
     close(found["down"], moment(hidden))
     close(found["up"], moment(hidden @ np.asarray(params["down"])))
+
+
+def test_batch_axes_come_in_the_order_of_the_leaf():
+    w, x = normal(2, 3, 4, 5), normal(3, 2, 6, 4, seed=1)
+
+    def model(w, x):
+        numbers = (((3,), (2,)), ((0, 1), (1, 0)))
+        return lax.dot_general(x, w, numbers)
+
+    found = observe(model, w, [x], second_moment())[""]
+    assert found.shape == (2, 3, 4, 4)
+    for i in range(2):
+        for j in range(3):
+            close(found[i, j], moment(x[j, i]))
 
 
 def test_what_is_done_to_a_weight_does_not_change_its_input():

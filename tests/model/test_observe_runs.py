@@ -237,6 +237,19 @@ def test_values_that_are_not_finite_are_named(value):
             observe(mlp, broken, batches[:1], absmax())
 
 
+def test_what_is_not_finite_stops_the_run_at_once():
+    taken = []
+
+    def stream():
+        for number in range(20):
+            taken.append(number)
+            yield jnp.full((2, 4), np.nan if number == 3 else 1.0)
+
+    with pytest.raises(ValueError, match="batch 3: first"):
+        observe(mlp, PARAMS, stream(), absmax())
+    assert max(taken) <= 4
+
+
 def test_a_nan_in_one_layer_of_a_scan_is_seen():
     def scanned(params, x):
         return lax.scan(lambda x, w: (jnp.log(x) @ w, None), x, params)[0]
@@ -313,7 +326,18 @@ def shuffled_layers(w, x):
     return lax.scan(lambda h, w: (h + x @ w.T, None), jnp.zeros((2, 2)), layers)[0]
 
 
+def reversed_layers(w, x):
+    layers = w.reshape(4, 1, 4)[::-1]
+    return lax.scan(lambda h, w: (h + x @ w.T, None), jnp.zeros((2, 1)), layers)[0]
+
+
+def counted_layers(w, x):
+    return lax.fori_loop(0, 4, lambda i, h: h + x @ w[i], jnp.zeros(2))
+
+
 NAMED = {
+    "layers turned around": (reversed_layers, "only the running program knows"),
+    "layers by a counter": (counted_layers, "only the running program knows"),
     "shard_map": (per_device, "inside shard_map"),
     "condition of a while loop": (condition, "condition of a while loop"),
     "part of the inputs": (lambda w, x: x[:, :2] @ w[:2], "a part of its axis 0"),
