@@ -70,7 +70,7 @@ def _elementwise(flow: Flow, op: Op) -> list[Axes]:
 
 
 def _reshape(flow: Flow, op: Op) -> list[Axes]:
-    if op.params.get("dimensions") is not None:
+    if op.params.get("dimensions") is not None or 0 in op.outputs[0].shape:
         return opaque(flow, op)
     out = flow.fresh(op.outputs[0])
     dims = flow.dims
@@ -171,6 +171,8 @@ def _slice_axis(
 ) -> Dim:
     if size == dim.size:
         return dim
+    if size == 0:
+        return flow.dims.atom(0)
     if stride == 1:
         sizes = [start, limit - start, dim.size - limit]
         pieces = _cut(flow, dim, sizes, str(op))

@@ -1,7 +1,7 @@
 """Which slices of which leaves must go together: the dependency graph of channels."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,9 +10,10 @@ from jaxcomp.model.axes import Flow
 from jaxcomp.model.dims import Dim, Dims, atoms, describe, find, positions
 from jaxcomp.model.flow import follow
 from jaxcomp.model.law import Widths, hold
-from jaxcomp.model.program import Program, read
+from jaxcomp.model.program import Program, read, walk
 
 OUTPUT = "is an axis of the model's outputs"
+UNUSED = "is not used by apply_fn: give the function that uses it in `also`"
 
 
 class Slice(NamedTuple):
@@ -76,7 +77,11 @@ class Coupling(NamedTuple):
 
 
 def couple(
-    apply_fn: Callable[..., Any], params: Any, *inputs: Any, renormalize: bool = False
+    apply_fn: Callable[..., Any],
+    params: Any,
+    *inputs: Any,
+    also: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]] = (),
+    renormalize: bool = False,
 ) -> tuple[ChannelGroup, ...]:
     r"""Find which slices of which leaves must be removed together.
 
@@ -90,6 +95,9 @@ def couple(
         params: its parameters, and statistics such as ``batch_stats`` if it takes them; arrays or
             ``jax.ShapeDtypeStruct``.
         *inputs: further inputs, of any batch size; arrays or ``jax.ShapeDtypeStruct``.
+        also: other functions of the same parameters, each with its inputs, that must run on the
+            smaller ones too, such as a training step's forward pass: what they tie is tied. Their
+            outputs may shrink.
         renormalize: leave widths free that a mean or maximum is taken over. Removing such channels
             changes the statistic; the group's ``note`` says so.
 
@@ -113,27 +121,49 @@ def couple(
           w1 axis 0: custom_jvp_call, dot_general
           b0 axis 0: add
     """
-    return analyse(read(apply_fn, params, *inputs), renormalize).groups
+    others = [read(function, params, *given) for function, given in also]
+    return analyse(read(apply_fn, params, *inputs), others, renormalize).groups
 
 
-def analyse(program: Program, renormalize: bool = False, fix_outputs: bool = True) -> Coupling:
-    """The coupling of a program that was read already.
+def analyse(
+    program: Program, others: Sequence[Program] = (), renormalize: bool = False
+) -> Coupling:
+    """The coupling of programs that were read already.
 
     Args:
-        program: a traced function.
+        program: the traced model.
+        others: other functions of the same parameters.
         renormalize: as in :func:`couple`.
-        fix_outputs: whether the model's outputs keep their shape.
 
     Returns:
         The program, its axes and its groups.
     """
-    flow = follow(program)
-    if fix_outputs:
-        for value in program.block.outputs:
-            flow.fix(flow.of(value), OUTPUT)
-    widths = hold(flow, program, renormalize)
+    flow = follow(program, others)
+    for value in program.block.outputs:
+        flow.fix(flow.of(value), OUTPUT)
+    _fix_unused(flow, (program, *others))
+    held = [hold(flow, each, renormalize) for each in (program, *others)]
+    widths = Widths(
+        {op: axes for each in held for op, axes in each.means.items()},
+        {atom: note for each in reversed(held) for atom, note in each.renormalized.items()},
+    )
     groups, units = _groups(program, flow, widths)
     return Coupling(program, flow, widths, groups, units)
+
+
+def _fix_unused(flow: Flow, programs: Sequence[Program]) -> None:
+    """A leaf that no function reads goes with others that nobody knows."""
+    used = {
+        value
+        for program in programs
+        for op in walk(program.block)
+        for value in (*op.inputs, *(out for block in op.blocks for out in block.outputs))
+    }
+    for program in programs:
+        used.update(program.block.outputs)
+    for values in zip(*(program.leaves.values() for program in programs), strict=True):
+        if not used.intersection(values):
+            flow.fix(flow.of(values[0]), UNUSED)
 
 
 def _groups(

@@ -5,27 +5,38 @@ Every array of the program gets a :class:`~jaxcomp.model.dims.Dim` an axis. The 
 applied from the parameters to the outputs, through loops, branches and wrappers.
 """
 
+from collections.abc import Sequence
+
 from jaxcomp.model.axes import Flow
 from jaxcomp.model.axis_rules import RULES, opaque
 from jaxcomp.model.program import Block, Op, Program, wirings
 
 
-def follow(program: Program) -> Flow:
+def follow(program: Program, others: Sequence[Program] = ()) -> Flow:
     """Give every array of a program its axes.
 
     Args:
         program: a traced function.
+        others: other functions of the same parameters, whose ties count as well.
 
     Returns:
-        The axes, with the model's inputs fixed; its outputs are left to the caller.
+        The axes, with the models' inputs fixed; their outputs are left to the caller.
     """
     flow = Flow()
     for value in program.leaves.values():
         flow.axes[value] = flow.fresh(value)
+    for other in others:
+        for value, first in zip(other.leaves.values(), program.leaves.values(), strict=True):
+            flow.axes[value] = flow.of(first)
+    for each in (program, *others):
+        _follow_program(flow, each)
+    return flow
+
+
+def _follow_program(flow: Flow, program: Program) -> None:
     for value in program.inputs:
         flow.axes[value] = flow.fresh(value, "is an axis of the model's inputs")
     follow_block(flow, program.block)
-    return flow
 
 
 def follow_block(flow: Flow, block: Block) -> None:
@@ -35,8 +46,6 @@ def follow_block(flow: Flow, block: Block) -> None:
             _bodies(flow, op)
             continue
         rule = RULES.get(op.name, opaque)
-        if any(0 in value.shape for value in (*op.inputs, *op.outputs)):
-            rule = opaque
         for value, axes in zip(op.outputs, rule(flow, op), strict=True):
             flow.axes[value] = axes
 

@@ -1,6 +1,6 @@
 """Remove channels for real: neurons, filters and heads leave the parameters, and the model runs."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -66,6 +66,7 @@ def channels(
     round_to: int = 1,
     keep: Iterable[str] = (),
     limits: Mapping[str, float] | None = None,
+    also: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]] = (),
     renormalize: bool = False,
     loss: Callable[..., Any] | None = None,
     batches: Iterable[Any] | None = None,
@@ -92,6 +93,8 @@ def channels(
         round_to: each axis that is cut keeps a multiple of this width, such as 8 or 128.
         keep: patterns of groups, or of leaves that they cut, that stay whole.
         limits: the greatest sparsity of groups, by pattern.
+        also: other functions of the same parameters, each with its inputs, that must run on the
+            smaller ones too: needed where training uses parameters that inference does not.
         renormalize: also cut widths that a mean, maximum or softmax is taken over, such as a
             LayerNorm's; it is then taken over the channels that remain, and masked and smaller
             differ there.
@@ -138,14 +141,18 @@ def channels(
     options = Options(
         score, scope, round_to, tuple(keep), limits, renormalize, loss, batches, key, progress
     )
-    model = trace_model(apply_fn, params, inputs, renormalize)
+    model = trace_model(apply_fn, params, inputs, renormalize, also)
     order = rank(model, params, options)
     units, notes = decide(order, model, params, goal, options)
     return build(model, params, units, notes, renormalize)
 
 
 def trace_model(
-    apply_fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...], renormalize: bool
+    apply_fn: Callable[..., Any],
+    params: Any,
+    inputs: tuple[Any, ...],
+    renormalize: bool,
+    also: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]] = (),
 ) -> Model:
     """Read a model whose channels are to be removed.
 
@@ -154,6 +161,7 @@ def trace_model(
         params: its parameters, dense.
         inputs: an example batch.
         renormalize: as in :func:`channels`.
+        also: as in :func:`channels`.
 
     Returns:
         The model with its coupling.
@@ -162,7 +170,9 @@ def trace_model(
         TypeError: a leaf of ``params`` is not an array or is compressed.
     """
     _check_dense(params)
-    return Model(apply_fn, inputs, analyse(read(apply_fn, params, *inputs), renormalize))
+    others = [read(function, params, *given) for function, given in also]
+    coupling = analyse(read(apply_fn, params, *inputs), others, renormalize)
+    return Model(apply_fn, inputs, coupling)
 
 
 def rank(
