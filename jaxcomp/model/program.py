@@ -204,18 +204,36 @@ def walk(block: Block) -> Iterator[Op]:
             yield from walk(body)
 
 
+def scan_counts(op: Op) -> tuple[int, int]:
+    """How many inputs of a ``scan`` are constants, and how many are carried.
+
+    What is walked along has one axis more outside than inside; JAX's own parameters for this differ
+    between versions.
+    """
+    (block,) = op.blocks
+    whole = sum(
+        len(outer.shape) == len(inner.shape)
+        for outer, inner in zip(op.inputs, block.inputs, strict=True)
+    )
+    carries = sum(
+        len(outer.shape) == len(inner.shape)
+        for outer, inner in zip(op.outputs, block.outputs, strict=True)
+    )
+    return whole - carries, carries
+
+
 def _scan(op: Op) -> Wiring:
     (block,) = op.blocks
-    consts, carry = op.params["num_consts"], op.params["num_carry"]
+    consts, carries = scan_counts(op)
     enter = tuple(
-        Link(outer, inner, stacked=i >= consts + carry)
+        Link(outer, inner, stacked=i >= consts + carries)
         for i, (outer, inner) in enumerate(zip(op.inputs, block.inputs, strict=True))
     )
     leave = tuple(
-        Link(outer, inner, stacked=i >= carry)
+        Link(outer, inner, stacked=i >= carries)
         for i, (outer, inner) in enumerate(zip(op.outputs, block.outputs, strict=True))
     )
-    turns = zip(block.outputs[:carry], block.inputs[consts : consts + carry], strict=True)
+    turns = zip(block.outputs[:carries], block.inputs[consts : consts + carries], strict=True)
     return Wiring(block, enter, leave, tuple(turns), op.params["length"])
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxcomp.model.cut import Cut, is_cut, masks_of, positions_of, resolve, shape_of, shrunk, take
 from jaxcomp.model.dims import kept
 from jaxcomp.model.flow import follow
-from jaxcomp.model.program import Block, Op, Value, read, walk, wirings
+from jaxcomp.model.program import Block, Op, Value, read, scan_counts, walk, wirings
 
 
 def run(cut: Cut, block: Block, arguments: Sequence[Any]) -> list[Any]:
@@ -150,7 +150,7 @@ _SMALLER: dict[str, Callable[[Cut, Op], dict[str, Any]]] = {
 
 def _scan(cut: Cut, op: Op, arguments: list[Any]) -> Sequence[Any]:
     (block,) = op.blocks
-    consts, carries = op.params["num_consts"], op.params["num_carry"]
+    consts, carries = scan_counts(op)
 
     def body(carry: Any, xs: Any) -> Any:
         results = run(cut, block, (*arguments[:consts], *carry, *xs))
