@@ -128,12 +128,13 @@ def shrunk(cut: Cut, value: Value, array: Any) -> Any:
 
 
 def take(array: Any, positions: np.ndarray, axis: int) -> Any:
-    """Ascending positions of an axis; a slice where they are consecutive."""
+    """Ascending positions of an axis; a slice where they are evenly spaced."""
     if isinstance(array, np.ndarray):
         return np.take(array, positions, axis)
-    if len(positions) and (np.diff(positions) == 1).all():
-        start, stop = int(positions[0]), int(positions[-1]) + 1
-        return jax.lax.slice_in_dim(array, start, stop, axis=axis)
-    return jnp.take(
-        array, positions, axis, mode="clip", unique_indices=True, indices_are_sorted=True
-    )
+    steps = np.diff(positions)
+    if not len(positions) or (steps != steps[:1]).any():
+        return jnp.take(
+            array, positions, axis, mode="clip", unique_indices=True, indices_are_sorted=True
+        )
+    first, last = (int(positions[0]), int(positions[-1]))
+    return jax.lax.slice_in_dim(array, first, last + 1, int(steps[0]) if len(steps) else 1, axis)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex
+from jax.core import Tracer
 
 from jaxcomp import tree as tree_lib
 
@@ -202,6 +203,15 @@ def walk(block: Block) -> Iterator[Op]:
         yield op
         for body in op.blocks:
             yield from walk(body)
+
+
+def holds_tracers(program: Program) -> bool:
+    """Whether the function closes over values of a trace around it: it is of use only there."""
+    return any(
+        isinstance(value.constant, Tracer)
+        for op in walk(program.block)
+        for value in (*op.inputs, *(out for block in op.blocks for out in block.outputs))
+    )
 
 
 def scan_counts(op: Op) -> tuple[int, int]:

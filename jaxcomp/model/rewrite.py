@@ -6,12 +6,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxcomp.arrays import decode
 from jaxcomp.model.couple import Coupling
 from jaxcomp.model.cut import Cut, Positions, resolve, shape_of
 from jaxcomp.model.dims import Dim, find
 from jaxcomp.model.flow import follow
 from jaxcomp.model.law import hold
-from jaxcomp.model.program import Program, read
+from jaxcomp.model.program import Program, holds_tracers, read
 from jaxcomp.model.smaller import run
 
 # By path.
@@ -37,7 +38,8 @@ def rewrite(
             over those that remain.
 
     Returns:
-        The function of smaller parameters. It raises ``ValueError`` with the leaf and the
+        The function of smaller parameters, of any dtypes; compressed leaves are decoded where they
+        are used. It raises ``ValueError`` with the leaf and the
         operation if the cut does not fit ``apply_fn``, before anything is computed.
 
     Example:
@@ -49,21 +51,28 @@ def rewrite(
         >>> smaller({"w0": jnp.ones((3, 6)), "w1": jnp.ones((6, 2))}, jnp.ones((1, 3)))
         Array([[18., 18.]], dtype=float32)
     """
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    full = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
     cuts: dict[Any, tuple[Program, Cut]] = {}
 
     def smaller(params: Any, *inputs: Any) -> Any:
-        arguments = jax.tree.leaves(inputs)
-        # An analysis depends on nothing but structure and shapes, so it may be kept.
-        avals = tuple((np.shape(a), jax.dtypes.result_type(a)) for a in arguments)
-        key = (jax.tree.structure(inputs), avals)
-        if key not in cuts:
-            program = read(apply_fn, shapes, *inputs)
+        params = decode(params)
+        leaves, arguments = _leaves(params, full), jax.tree.leaves(inputs)
+        dtypes = tuple(leaf.dtype for leaf in leaves)
+        # An analysis depends on nothing but structure, shapes and dtypes, so it may be kept.
+        key = (jax.tree.structure(inputs), dtypes, tuple(map(jax.typeof, arguments)))
+        if key in cuts:
+            program, resolved = cuts[key]
+        else:
+            given = jax.tree.map(
+                lambda leaf, whole: jax.ShapeDtypeStruct(whole.shape, leaf.dtype), params, full
+            )
+            program = read(apply_fn, given, *inputs)
             flow = follow(program)
             means = hold(flow, program, renormalize).means
-            cuts[key] = program, resolve(flow, means, program.leaves, cut)
-        program, resolved = cuts[key]
-        leaves = _check_leaves(params, program, resolved)
+            resolved = resolve(flow, means, program.leaves, cut)
+            if not holds_tracers(program):
+                cuts[key] = program, resolved
+        _check_shapes(leaves, program, resolved)
         results = run(resolved, program.block, (*leaves, *arguments))
         return jax.tree.unflatten(program.out_tree, results)
 
@@ -93,13 +102,16 @@ def smaller_shapes(coupling: Coupling, keep: Mapping[Dim, np.ndarray]) -> Any:
     return lambda value: tuple(size(dim) for dim in coupling.flow.of(value))
 
 
-def _check_leaves(params: Any, program: Program, cut: Cut) -> list[Any]:
-    if jax.tree.structure(params) != program.params_tree:
+def _leaves(params: Any, full: Any) -> list[Any]:
+    structure, expected = jax.tree.structure(params), jax.tree.structure(full)
+    if structure != expected:
         raise ValueError(
-            f"params: {jax.tree.structure(params)} is not the structure of the model that was cut, "
-            f"{program.params_tree}"
+            f"params: {structure} is not the structure of the model that was cut, {expected}"
         )
-    leaves = jax.tree.leaves(params)
+    return jax.tree.leaves(params)
+
+
+def _check_shapes(leaves: list[Any], program: Program, cut: Cut) -> None:
     for leaf, (path, value) in zip(leaves, program.leaves.items(), strict=True):
         expected = shape_of(cut, value)
         if tuple(leaf.shape) != expected:
@@ -107,4 +119,3 @@ def _check_leaves(params: Any, program: Program, cut: Cut) -> list[Any]:
                 f"{path}: shape {tuple(leaf.shape)}, but the smaller model has {expected}: "
                 "pass the smaller parameters"
             )
-    return leaves

@@ -87,7 +87,8 @@ def _slice(cut: Cut, op: Op, array: Any) -> Any:
         positions = np.arange(starts[axis], limits[axis], strides[axis])
         if mask is not None:
             positions = (np.cumsum(mask) - 1)[positions[mask[positions]]]
-        array = take(array, positions, axis)
+        if len(positions) != array.shape[axis]:
+            array = take(array, positions, axis)
     return array
 
 

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxcomp import quantize
 from jaxcomp.model import rewrite
 from tests.model.cutting import cut, difference
 
@@ -147,6 +148,40 @@ def test_a_jitted_smaller_model_is_traced_once_for_each_shape():
     for rows in (5, 5, 7, 5, 7):
         smaller(SMALL, normal(rows, 6))
     assert count == 2
+
+
+def test_slices_stay_slices():
+    def model(p, x):
+        return (jnp.tanh(x @ p["a"] + p["b"])[::2, 1::3] * 2) @ p["c"][:, ::2]
+
+    x = normal(4, 9, 6)
+    smaller = rewrite(model, FULL, KEPT)
+    assert difference(model(MASKED, x), smaller(SMALL, x)) < 1e-6
+    text = str(jax.make_jaxpr(smaller)(SMALL, x))
+    assert text.count("slice") >= 3
+    assert "gather" not in text
+
+
+def test_a_function_that_closes_over_a_trace_is_read_anew_in_each():
+    def outer(scale):
+        smaller = rewrite(lambda p, x: scale * between(jnp.tanh)(p, x), FULL, KEPT)
+        return smaller(SMALL, X)
+
+    expected = between(jnp.tanh)(MASKED, X)
+    for scale in (2.0, 3.0):
+        assert difference(scale * expected, jax.jit(outer)(scale)) < 1e-6
+
+
+def test_other_dtypes_and_compressed_leaves():
+    smaller = rewrite(between(jnp.tanh), FULL, KEPT)
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), SMALL)
+    result = smaller(half, X.astype(jnp.bfloat16))
+    assert result.dtype == jnp.bfloat16
+    assert difference(between(jnp.tanh)(half, X.astype(jnp.bfloat16)), result) < 1e-2
+    method = quantize.train(quantize.Format(8))
+    packed = method.pack(SMALL, method.init(SMALL))
+    expected = smaller(method.apply(SMALL, method.init(SMALL)), X)
+    assert difference(expected, jax.jit(smaller)(packed, X)) < 1e-6
 
 
 def test_sharded_parameters_and_batches_give_the_same():
