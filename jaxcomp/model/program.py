@@ -141,6 +141,7 @@ def read(apply_fn: Callable[..., Any], params: Any, *inputs: Any) -> Program:
         ValueError: ``params`` has no leaves, or two with one path.
 
     Example:
+        >>> import numpy as np
         >>> program = read(lambda p, x: x @ p["w"], {"w": np.ones((2, 3))}, np.ones((4, 2)))
         >>> [op.name for op in program.block.ops]
         ['dot_general']
@@ -174,6 +175,7 @@ def wirings(op: Op) -> tuple[Wiring, ...]:
         One :class:`Wiring` a body; for ``while``, the condition's first.
 
     Example:
+        >>> import numpy as np
         >>> program = read(
         ...     lambda p, x: jax.lax.scan(lambda h, w: (h @ w, None), x, p)[0],
         ...     np.ones((5, 2, 2)),

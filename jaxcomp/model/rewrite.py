@@ -43,6 +43,7 @@ def rewrite(
         operation if the cut does not fit ``apply_fn``, before anything is computed.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> full = {"w0": jnp.ones((3, 8)), "w1": jnp.ones((8, 2))}
         >>> keep = np.array([0, 1, 2, 4, 6, 7])
         >>> smaller = rewrite(
