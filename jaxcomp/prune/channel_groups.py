@@ -174,7 +174,7 @@ def evaluate(score: Callable[[ScoredGroup], Array], group: ScoredGroup) -> Float
     """
     if not callable(score):
         raise TypeError(
-            f"score must be a function of a ScoredGroup, such as scores.l1, not {score!r}"
+            f"score must be a function of a ScoredGroup, such as channel_scores.l1, not {score!r}"
         )
     for name in sorted(needs_of(score)):
         if getattr(group, name) is None:

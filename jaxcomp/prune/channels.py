@@ -64,7 +64,7 @@ def channels(
     budget: Budget | None = None,
     scope: Scope = "layer",
     round_to: int = 1,
-    keep: Iterable[str] = (),
+    keep: str | Iterable[str] = (),
     limits: Mapping[str, float] | None = None,
     also: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]] = (),
     renormalize: bool = False,
@@ -138,8 +138,9 @@ def channels(
         raise ValueError("give sparsity=, such as 0.5, or budget=, such as Budget(flops=0.5)")
     if budget is not None and not isinstance(budget, Budget):
         raise TypeError(f"budget must be a prune.Budget, such as Budget(flops=0.5), not {budget!r}")
+    patterns = (keep,) if isinstance(keep, str) else tuple(keep)
     options = Options(
-        score, scope, round_to, tuple(keep), limits, renormalize, loss, batches, key, progress
+        score, scope, round_to, patterns, limits, renormalize, loss, batches, key, progress
     )
     model = trace_model(apply_fn, params, inputs, renormalize, also)
     order = rank(model, params, options)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 Schedule = Callable[[Any], Any]
 
@@ -12,7 +13,8 @@ def check_sparsity(name: str, sparsity: float) -> None:
     """Raise unless a sparsity (the fraction removed) is a number in [0, 1).
 
     Raises:
-        ValueError: it is not.
+        TypeError: it is not a number.
+        ValueError: it is outside.
 
     Example:
         >>> check_sparsity("sparsity", 90)
@@ -20,6 +22,8 @@ def check_sparsity(name: str, sparsity: float) -> None:
         ...
         ValueError: sparsity is the fraction of weights removed, in [0, 1), not 90
     """
+    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float, np.number)):
+        raise TypeError(f"{name} must be a number in [0, 1), such as 0.5, not {sparsity!r}")
     if not 0 <= sparsity < 1:
         raise ValueError(f"{name} is the fraction of weights removed, in [0, 1), not {sparsity}")
 

@@ -249,6 +249,7 @@ def test_the_smaller_model_can_be_quantized_like_any_other():
         ({}, ValueError, "give sparsity="),
         ({"sparsity": 0.5, "budget": prune.Budget(flops=0.5)}, ValueError, "give sparsity="),
         ({"sparsity": 1.0}, ValueError, "sparsity"),
+        ({"sparsity": 0.5, "keep": "b1"}, ValueError, "pattern 'b1' matches no group"),
         ({"sparsity": 0.5, "keep": ["nothing"]}, ValueError, "pattern 'nothing' matches no group"),
         ({"sparsity": 0.5, "keep": ["*"]}, ValueError, "no channel of this model can be cut"),
         ({"sparsity": 0.5, "limits": {"w1": 2.0}}, ValueError, "limits"),
