@@ -153,10 +153,10 @@ class _Law:
         for wiring in wirings(op):
             for outer, inner, _ in wiring.enter:
                 self.contents[inner] = self.of(outer)
-            for _ in range(len(Unknown) + 2):
+            # What a carry holds only ever becomes less certain, so this ends.
+            self.block(wiring.block)
+            while any([self._join(self.of(a), b) for a, b in wiring.carry]):
                 self.block(wiring.block)
-                if not any([self._join(self.of(a), b) for a, b in wiring.carry]):
-                    break
             for outer, inner, _ in wiring.leave:
                 if outer in self.contents:
                     self._join(self.of(inner), outer)
@@ -308,7 +308,9 @@ class _Law:
         (result,) = op.outputs
         contents = self.of(op.inputs[0])
         at = {a: contents.at.get(a, Unknown.FINITE) for a in self.atoms(result)}
-        if op.name not in ("reduce_window_max", "reduce_window_min", "cummax", "cummin"):
+        if op.name == "cumlogsumexp":
+            at = {a: c if c is Unknown.WILD else Unknown.FINITE for a, c in at.items()}
+        elif op.name not in ("reduce_window_max", "reduce_window_min", "cummax", "cummin"):
             at = {a: c if c == 0.0 or c is Unknown.WILD else Unknown.FINITE for a, c in at.items()}
         self.contents[result] = Contents(at)
 

@@ -56,6 +56,12 @@ def test_the_chain_of_reasons_names_the_module():
     assert "add in Net" in "".join(reasons.values())
 
 
+def shifted(new, old):
+    """A loop whose last carry holds `new` only after five turns."""
+    step = lambda _, carry: (new, *carry[:-1])
+    return jax.lax.fori_loop(0, 9, step, (old,) * 6)[-1]
+
+
 @pytest.mark.parametrize(
     ("function", "words"),
     [
@@ -75,6 +81,8 @@ def test_the_chain_of_reasons_names_the_module():
         (lambda h: h * jax.nn.sigmoid(h).sum(1, keepdims=True), "reduce_sum adds up"),
         (lambda h: h + jnp.prod(h, 1, keepdims=True), "reduce_prod compares or multiplies"),
         (lambda h: h * (jax.nn.sigmoid(h) @ jax.nn.sigmoid(h).T)[:, :1], "dot_general sums over"),
+        (lambda h: h * jax.lax.cumlogsumexp(h, 0).sum(1, keepdims=True), "reduce_sum adds up"),
+        (lambda h: h * shifted(jax.nn.sigmoid(h), h).sum(1, keepdims=True), "reduce_sum adds up"),
         (lambda h: h / h, "may be infinite"),
         (lambda h: jnp.log(h * h) * 1.0, "may be infinite"),
     ],
