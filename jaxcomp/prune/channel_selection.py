@@ -142,10 +142,11 @@ def removal_order(
             continue
         groups.append(np.full(len(counts), index))
         removed.append(counts)
-        ranked = array[orders[name]] / (_mean_magnitude(array) if normalize else 1.0)
-        blocks = _block_means(ranked, counts)
-        firsts = np.where(np.isneginf(blocks), blocks, _firsts(array, counts))
-        keys.append(blocks if scope == "global" else firsts)
+        ranked = array[orders[name]]
+        if scope == "global":
+            keys.append(_block_means(_normalized(ranked) if normalize else ranked, counts))
+        else:
+            keys.append(_firsts(ranked, counts))
     key, group, lost = (np.concatenate(parts or [np.zeros(0)]) for parts in (keys, groups, removed))
     group, lost = group.astype(np.int64), lost.astype(np.int64)
     # Equal keys go group by group; within a group keys and counts rise together.
@@ -353,11 +354,12 @@ def _counts(size: int, step: int, ceiling: int) -> np.ndarray:
     return size - np.arange(most, fewest - 1, -step)
 
 
-def _mean_magnitude(array: np.ndarray) -> float:
-    array = array[np.isfinite(array)]
-    # Scaled first, so that the sum of huge scores does not overflow; all zeros stay zeros.
-    largest = float(np.max(np.abs(array)))
-    return float(np.mean(np.abs(array) / largest)) * largest if largest else 1.0
+def _normalized(ranked: np.ndarray) -> np.ndarray:
+    """Scores over the mean magnitude of those that are not gone."""
+    magnitudes = np.abs(ranked[np.isfinite(ranked)])
+    largest = float(np.max(magnitudes))
+    # Scaled first, so that sums of huge scores and means of tiny ones stay finite.
+    return ranked / largest / np.mean(magnitudes / largest) if largest else ranked
 
 
 def _block_means(ranked: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -369,10 +371,11 @@ def _block_means(ranked: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return np.maximum.accumulate(means)
 
 
-def _firsts(array: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def _firsts(ranked: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """The least sparsity, in units of 1e-7, that asks for more than the count before."""
-    before = np.concatenate([[0], counts[:-1]])[: len(counts)]
-    return -(-_RESOLUTION * (2 * before + 1) // (2 * len(array)))
+    before = np.concatenate([[0], counts[:-1]])[: len(counts)].astype(np.int64)
+    least = -(-_RESOLUTION * (2 * before + 1) // (2 * len(ranked)))
+    return np.where(np.isneginf(ranked[before]), -np.inf, least)
 
 
 def _total_removed(groups: np.ndarray, removed: np.ndarray) -> np.ndarray:
