@@ -294,7 +294,7 @@ def test_masked_is_removed_after_several_steps(scope):
 
     variables = net_variables()
     model, _ = channels_iteratively(
-        net, variables, IMAGES, finetune=finetune, steps=3, sparsity=0.6, scope=scope
+        net, variables, IMAGES, finetune=finetune, steps=2, sparsity=0.6, scope=scope
     )
     assert_bits(model.params, seen[-1].params)
     assert shapes(model.masked) == shapes(variables)
@@ -338,7 +338,7 @@ def test_the_choice_against_a_plain_loop(name):
     """Scores of the small network by itself, in float64, by a loop that never pads or masks."""
     params = mlp_params(7)
     rng = np.random.default_rng(8)
-    factors = [rng.uniform(0.2, 3.0, 12) for _ in range(3)]
+    factors = [rng.uniform(0.2, 3.0, 12) for _ in range(2)]
     batches = [(X[:8], Y[:8]), (X[8:], Y[8:])]
 
     def finetune(smaller, state, step):
@@ -349,14 +349,14 @@ def test_the_choice_against_a_plain_loop(name):
         return tuned, state
 
     how = {} if name == "l1" else {"loss": loss, "batches": lambda: iter(batches)}
-    model, _ = iterate(params, finetune=finetune, steps=3, sparsity=0.6,
+    model, _ = iterate(params, finetune=finetune, steps=2, sparsity=0.6,
         score=getattr(channel_scores, name), **how,
     )  # fmt: skip
 
     small = {path: np.asarray(leaf, np.float64) for path, leaf in params.items()}
     names = {"b0": np.arange(8), "b1": np.arange(12)}
     slices = {"b0": [("w0", 1), ("b0", 0), ("w1", 0)], "b1": [("w1", 1), ("b1", 0), ("w2", 0)]}
-    for step in range(3):
+    for step in range(2):
         gradients = [plain_gradient(small, *batch) for batch in batches]
         scores = {}
         for group, parts in slices.items():
@@ -368,7 +368,7 @@ def test_the_choice_against_a_plain_loop(name):
                 scores[group] += terms[name].sum(others)
         for group, parts in slices.items():
             size = {"b0": 8, "b1": 12}[group]
-            stays = size - int(np.floor(0.6 * (step + 1) / 3 * size + 0.5))
+            stays = size - int(np.floor(0.6 * (step + 1) / 2 * size + 0.5))
             best = np.sort(np.argsort(abs(scores[group]))[-stays:])
             names[group] = names[group][best]
             for path, axis in parts:
@@ -528,6 +528,11 @@ def varied_state(params):
     }
 
 
+def mixed(old, new):
+    numbers = 0.9 * np.asarray(old, np.float32) + 0.1 * np.asarray(new, np.float32)
+    return jnp.asarray(numbers.astype(old.dtype))
+
+
 def varied_finetune(log=None, end=None):
     def finetune(smaller, state, step):
         if step == end:
@@ -541,9 +546,7 @@ def varied_finetune(log=None, end=None):
         return params, {
             **state,
             "optimizer": optimizer,
-            "average": jax.tree.map(
-                lambda old, new: (0.9 * old + 0.1 * new).astype(old.dtype), state["average"], params
-            ),
+            "average": jax.tree.map(mixed, state["average"], params),
             "key": key,
             "epoch": state["epoch"] + 1,
             "rate": state["rate"] * 0.7,
@@ -555,13 +558,21 @@ def varied_finetune(log=None, end=None):
     return finetune
 
 
-@pytest.mark.parametrize("end", [0, 1, 2])
-def test_resumed_to_the_bit(tmp_path, end):
+def varied_call():
     params = mlp_params()
-    state = varied_state(params)
-    how = {"steps": 3, "sparsity": 0.6, "scope": "global", "state": state}
-    whole = iterate(params, finetune=varied_finetune(), **how)
+    return params, {"steps": 3, "sparsity": 0.6, "scope": "global", "state": varied_state(params)}
 
+
+@pytest.fixture(scope="module")
+def whole():
+    """The call without an interruption and without a file."""
+    params, how = varied_call()
+    return iterate(params, finetune=varied_finetune(), **how)
+
+
+@pytest.mark.parametrize("end", [0, 1, 2])
+def test_resumed_to_the_bit(tmp_path, whole, end):
+    params, how = varied_call()
     how["directory"] = tmp_path / "made" / "here"
     with pytest.raises(Killed):
         iterate(params, finetune=varied_finetune(end=end), **how)
@@ -581,29 +592,25 @@ def test_resumed_to_the_bit(tmp_path, end):
 
 SCRIPT = """
     import os, signal, sys
-    from tests.prune.test_iterative import iterate, mlp_params, varied_finetune, varied_state
-    params = mlp_params()
-    state = varied_state(params)
+    from tests.prune.test_iterative import iterate, varied_call, varied_finetune
+    params, how = varied_call()
     finetune = varied_finetune()
     def killed(smaller, state, step):
-        if step == 2:
+        if step == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return finetune(smaller, state, step)
-    iterate(params, finetune=killed, steps=3, sparsity=0.6, state=state, directory=sys.argv[1])
+    iterate(params, finetune=killed, directory=sys.argv[1], **how)
 """
 
 
-def test_resumed_after_a_kill(tmp_path):
+def test_resumed_after_a_kill(tmp_path, whole):
     command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=os.getcwd())
     assert ended.returncode == -signal.SIGKILL, ended.stderr
-    params = mlp_params()
-    state = varied_state(params)
-    how = {"steps": 3, "sparsity": 0.6, "state": state}
-    whole = iterate(params, finetune=varied_finetune(), **how)
+    params, how = varied_call()
     log = []
     resumed = iterate(params, finetune=varied_finetune(log), directory=tmp_path, **how)
-    assert log == [2]
+    assert log == [1, 2]
     assert_bits(resumed.state, whole.state)
     assert_bits(resumed.model.params, whole.model.params)
 
