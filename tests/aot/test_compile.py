@@ -31,9 +31,9 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 PROGRAM = """
     import sys
-    import jax, jax.numpy as jnp
+    import jax, jax.numpy as jnp, numpy as np
     from jax.experimental import topologies
-    from jaxcomp import quantize, share
+    from jaxcomp import model, quantize, share
     from jaxcomp.kernels.kmeans import fit_codebook, nearest
     from jaxcomp.kernels.threshold import magnitude_bits, smallest_masks
     from jaxcomp.quantize import Format
@@ -66,6 +66,18 @@ PROGRAM = """
     packed = jax.eval_shape(lambda w: quantize.encode(w, Format(4)), spec(1024, 2048))
     packed = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=chip), packed)
     programs["decode"] = compile(lambda w, x: x @ w.decode(), packed, x)
+
+    def network(p, x):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        h = jax.lax.conv_general_dilated(x, p["k"], (1, 1), "SAME", dimension_numbers=numbers)
+        return jax.nn.relu(h).mean((1, 2)) @ p["w"]
+
+    stay = np.arange(0, 128, 2)
+    full = {"k": spec(3, 3, 64, 128), "w": spec(128, 10)}
+    smaller = model.rewrite(network, full, {"k": (None, None, None, stay), "w": (stay, None)})
+    small = {"k": spec(3, 3, 64, 64), "w": spec(64, 10)}
+    loss = lambda p, x: (smaller(p, x) ** 2).sum()
+    programs["smaller"] = compile(jax.grad(loss), small, spec(8, 32, 32, 64))
     for name, compiled in programs.items():
         memory = compiled.memory_analysis()
         print(name, -1 if memory is None else memory.temp_size_in_bytes, len(compiled.as_text()))
@@ -97,7 +109,7 @@ def test_hot_paths_compile(target):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line}
-    assert set(rows) >= {"masks", "kmeans", "nearest", "fake_quant", "decode"}
+    assert set(rows) >= {"masks", "kmeans", "nearest", "fake_quant", "decode", "smaller"}
     assert all(int(length) > 0 for _, length in rows.values())
     # The threshold search keeps no copy of the weights (8 MiB) beside them.
     assert int(rows["masks"][0]) < 1024 * 2048 * 4
