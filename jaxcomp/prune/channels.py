@@ -138,14 +138,18 @@ def channels(
         raise ValueError("give sparsity=, such as 0.5, or budget=, such as Budget(flops=0.5)")
     if budget is not None and not isinstance(budget, Budget):
         raise TypeError(f"budget must be a prune.Budget, such as Budget(flops=0.5), not {budget!r}")
-    patterns = (keep,) if isinstance(keep, str) else tuple(keep)
     options = Options(
-        score, scope, round_to, patterns, limits, renormalize, loss, batches, key, progress
+        score, scope, round_to, as_patterns(keep), limits, renormalize, loss, batches, key, progress
     )
     model = trace_model(apply_fn, params, inputs, renormalize, also)
     order = rank(model, params, options)
     units, notes = decide(order, model, params, goal, options)
     return build(model, params, units, notes, renormalize)
+
+
+def as_patterns(keep: str | Iterable[str]) -> tuple[str, ...]:
+    """One pattern, or several."""
+    return (keep,) if isinstance(keep, str) else tuple(keep)
 
 
 def trace_model(

@@ -14,7 +14,16 @@ from jaxcomp.model.progress import watched
 from jaxcomp.prune import channel_scores
 from jaxcomp.prune.budget import Budget
 from jaxcomp.prune.channel_selection import Scope
-from jaxcomp.prune.channels import Model, Options, build, decide, rank, shapes_of, trace_model
+from jaxcomp.prune.channels import (
+    Model,
+    Options,
+    as_patterns,
+    build,
+    decide,
+    rank,
+    shapes_of,
+    trace_model,
+)
 from jaxcomp.prune.resume import Point, describe, path_in, read_point, write_point
 from jaxcomp.prune.schedules import check_sparsity
 from jaxcomp.prune.shrink import at_once, on_host, shrink
@@ -50,7 +59,7 @@ def channels_iteratively(
     score: Callable[[Any], Any] = channel_scores.l1,
     scope: Scope = "layer",
     round_to: int = 1,
-    keep: Iterable[str] = (),
+    keep: str | Iterable[str] = (),
     limits: Mapping[str, float] | None = None,
     also: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]] = (),
     renormalize: bool = False,
@@ -133,7 +142,7 @@ def channels_iteratively(
     """
     _check(finetune, steps, batches)
     options = Options(
-        score, scope, round_to, tuple(keep), limits, renormalize, loss, None, key, False
+        score, scope, round_to, as_patterns(keep), limits, renormalize, loss, None, key, False
     )
     model = trace_model(apply_fn, params, inputs, renormalize, also)
     goals = _goals(sparsity, budget, steps, size_of(model.coupling, {}))
