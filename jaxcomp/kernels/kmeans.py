@@ -76,7 +76,7 @@ def fit_codebook(
     if iterations < 0:
         raise ValueError(f"iterations={iterations}: must be 0 or more")
     points = weighted_points(x, keep_zeros=not pin_zero)
-    return _fit(points, clusters, iterations, pin_zero)
+    return _fit(points, _bounds(x, pin_zero), clusters, iterations, pin_zero)
 
 
 def nearest(
@@ -113,8 +113,23 @@ def nearest(
     return _nearest(x, codebook, pin_zero)
 
 
+@partial(jax.jit, static_argnames="pin_zero")
+def _bounds(x: Array, pin_zero: bool) -> tuple[Array, Array]:
+    """The least and the greatest weight that entries are fitted to."""
+    x = x.astype(jnp.float32)
+    fitted = (x != 0) if pin_zero else jnp.ones_like(x, bool)
+    low = jnp.min(x, initial=jnp.inf, where=fitted)
+    return low, jnp.max(x, initial=-jnp.inf, where=fitted)
+
+
 @partial(jax.jit, static_argnames=("clusters", "iterations", "pin_zero"))
-def _fit(points: WeightedPoints, clusters: int, iterations: int, pin_zero: bool) -> Array:
+def _fit(
+    points: WeightedPoints,
+    bounds: tuple[Array, Array],
+    clusters: int,
+    iterations: int,
+    pin_zero: bool,
+) -> Array:
     pinned = (points.zeros > 0) & pin_zero
     active = clusters - pinned.astype(jnp.int32)
     centroids = _companded_start(points, clusters, active)
@@ -129,6 +144,9 @@ def _fit(points: WeightedPoints, clusters: int, iterations: int, pin_zero: bool)
     exponent = points.exponent - 127 - TOP
     half = exponent // 2
     centroids = centroids * power_of_two(half) * power_of_two(exponent - half)
+    # Beside a weight 2^126 times as large, a small one was rounded to zero on the way.
+    low, high = bounds
+    centroids = jnp.where(low <= high, jnp.clip(centroids, low, high), centroids)
     if pin_zero:
         above = jnp.maximum(centroids, jnp.finfo(jnp.float32).tiny)
         unpinned = jnp.where(centroids[0] == 0, above, centroids)

@@ -256,6 +256,14 @@ finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 moderate = st.floats(-1e4, 1e4, width=32, allow_subnormal=False)
 
 
+def test_entries_lie_among_the_weights_however_far_apart_these_are():
+    x = np.full(40, 1.9069884e-28, np.float32)
+    x[0] = 2.1990233e12
+    codebook = np.asarray(fit_codebook(jnp.asarray(x), CLUSTERS))
+    assert codebook.min() == x[1]
+    assert codebook.max() == x[0]
+
+
 @given(hnp.arrays(np.float32, 40, elements=finite))
 def test_any_finite_values_give_a_sound_codebook(x):
     codebook = np.asarray(fit_codebook(jnp.asarray(x), CLUSTERS))
