@@ -5,7 +5,7 @@ from typing import Any
 from jaxcomp.model import trails as trail_lib
 from jaxcomp.model.cost import ELEMENTWISE
 from jaxcomp.model.program import Op
-from jaxcomp.model.trails import FOREIGN, Trail
+from jaxcomp.model.trails import Trail
 
 
 def kind_and_roles(op: Op, operand: int, trail: Trail) -> tuple[str, tuple[str, ...]]:
@@ -76,11 +76,11 @@ def _mark_batch(op: Op, trail: Trail, found: list[set[str]]) -> None:
     """A vmapped convolution keeps its batch in the groups; the innermost leaf axis is channels."""
     groups = max(op.params["feature_group_count"], op.params["batch_group_count"])
     out = op.params["dimension_numbers"].rhs_spec[0]
-    digits = [digit for digit in trail.axes[out] if digit.axis != FOREIGN]
+    digits = [digit for digit in trail.axes[out] if digit.axis >= 0]
     outside = 1
     for digit in trail.axes[out]:
         outside *= digit.size
-        if digit.axis == FOREIGN or digit.axis == digits[-1].axis or groups % outside:
+        if digit.axis < 0 or digit.axis == digits[-1].axis or groups % outside:
             break
         if found[digit.axis] == {"output"}:
             found[digit.axis] = {"batch"}

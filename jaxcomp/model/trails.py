@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 FOREIGN = -1
+# Holds something of the leaf, but nobody knows where.
+LOST = -2
 
 
 class Digit(NamedTuple):
@@ -18,7 +20,7 @@ class Digit(NamedTuple):
 
     Attributes:
         size: how many steps it has.
-        axis: the leaf's axis that it walks along; ``FOREIGN`` if none.
+        axis: the leaf's axis that it walks along; ``FOREIGN`` or ``LOST`` if none.
         stride: positions of that axis between two steps; negative where reversed.
         inside: for a digit that is a whole concatenated axis: what of it comes from the leaf.
         offset: where on this axis ``inside`` begins.
@@ -71,8 +73,13 @@ def leaf_axes(digits: Iterable[Digit]) -> frozenset[int]:
     """The leaf's axes that some digits walk along."""
     found: set[int] = set()
     for digit in digits:
-        found |= leaf_axes(digit.inside) | ({digit.axis} - {FOREIGN})
+        found |= leaf_axes(digit.inside) | ({digit.axis} - {FOREIGN, LOST})
     return frozenset(found)
+
+
+def holds_lost(digits: Iterable[Digit]) -> bool:
+    """Whether some digit holds the leaf in an unknown way."""
+    return any((d.axis == LOST and d.size > 1) or holds_lost(d.inside) for d in digits)
 
 
 def length(digits: Iterable[Digit]) -> int:
@@ -85,6 +92,11 @@ def foreign(size: int) -> Axis:
     return (Digit(size),)
 
 
+def lost(size: int) -> Axis:
+    """An axis on which the leaf lies in an unknown way."""
+    return (Digit(size, LOST),)
+
+
 def merge_digits(digits: Iterable[Digit]) -> Axis:
     """The same axis in as few digits as possible."""
     result: list[Digit] = []
@@ -92,7 +104,7 @@ def merge_digits(digits: Iterable[Digit]) -> Axis:
         last = result[-1] if result else None
         if last is None or last.inside or digit.inside or last.axis != digit.axis:
             result.append(digit)
-        elif digit.axis == FOREIGN or last.stride == digit.size * digit.stride:
+        elif digit.axis < 0 or last.stride == digit.size * digit.stride:
             result[-1] = digit._replace(size=last.size * digit.size)
         else:
             result.append(digit)
@@ -102,7 +114,7 @@ def merge_digits(digits: Iterable[Digit]) -> Axis:
 def drop(trail: Trail, digits: Iterable[Digit]) -> Trail:
     """Note that some digits are gone: one position was picked, or all of them were mixed."""
     digits = tuple(digits)
-    picked = tuple(d for d in digits if d.axis != FOREIGN and d.size == 1 < trail.shape[d.axis])
+    picked = tuple(d for d in digits if d.axis >= 0 and d.size == 1 < trail.shape[d.axis])
     mixed = leaf_axes(d for d in digits if d.size > 1)
     stacked = (*trail.stacked, (None, picked)) if picked else trail.stacked
     return trail._replace(stacked=stacked, lost=trail.lost | mixed)
@@ -143,7 +155,7 @@ def reshape(trail: Trail, shape: Sequence[int]) -> Trail:
         split = _fit(have, want)
         if split is None:
             trail = drop(trail, have)
-            axes += [foreign(size) for size in want]
+            axes += [lost(size) for size in want]
         else:
             axes += split[0]
             trail = drop(trail, split[1])
@@ -255,8 +267,6 @@ def embed(trail: Trail, axis: int, offset: int, size: int) -> Trail:
     digits = trail.axes[axis]
     if length(digits) == size:
         return trail
-    if not leaf_axes(digits):
-        return _with(trail, axis, foreign(size))
     if len(digits) == 1 and digits[0].inside:
         offset, digits = offset + digits[0].offset, digits[0].inside
     return _with(trail, axis, (Digit(size, inside=digits, offset=offset),))
@@ -276,14 +286,19 @@ def tile(trail: Trail, repeats: Sequence[int]) -> Trail:
 
 def reverse(trail: Trail, axis: int) -> Trail:
     """The trail after ``rev`` along one axis."""
-    starts, digits = list(trail.starts), []
-    for digit in trail.axes[axis]:
-        if digit.inside:
-            return _lose(trail, axis, length(trail.axes[axis]))
-        if digit.axis != FOREIGN:
+    starts = list(trail.starts)
+
+    def turned(axis: Axis) -> Axis:
+        return tuple(map(turn, axis))
+
+    def turn(digit: Digit) -> Digit:
+        if digit.axis >= 0:
             starts[digit.axis] += (digit.size - 1) * digit.stride
-        digits.append(digit._replace(stride=-digit.stride))
-    return _with(trail, axis, tuple(digits))._replace(starts=tuple(starts))
+        offset = digit.size - digit.offset - length(digit.inside) if digit.inside else 0
+        inside = turned(digit.inside)
+        return digit._replace(stride=-digit.stride, inside=inside, offset=offset)
+
+    return _with(trail, axis, turned(trail.axes[axis]))._replace(starts=tuple(starts))
 
 
 def shard(trail: Trail, axis: int, parts: int) -> Trail:
@@ -302,10 +317,10 @@ def unshard(trail: Trail, axis: int, parts: int) -> Trail:
     whole = parts * first.size
     if parts == 1:
         return trail
-    if first.axis != FOREIGN and whole * abs(first.stride) > trail.shape[first.axis]:
+    if first.axis >= 0 and whole * abs(first.stride) > trail.shape[first.axis]:
         return _lose(trail, axis, parts * length(trail.axes[axis]))
     vague = trail.vague
-    if first.axis != FOREIGN and whole * first.stride == trail.shape[first.axis]:
+    if first.axis >= 0 and whole * first.stride == trail.shape[first.axis]:
         vague -= {first.axis}
     return _with(trail, axis, (first._replace(size=whole), *rest))._replace(vague=vague)
 
@@ -390,14 +405,14 @@ def _with(trail: Trail, axis: int, digits: Axis) -> Trail:
 
 
 def _lose(trail: Trail, axis: int, size: int) -> Trail:
-    return drop(_with(trail, axis, foreign(size)), trail.axes[axis])
+    return drop(_with(trail, axis, lost(size)), trail.axes[axis])
 
 
 def mix(trail: Trail, gone: Iterable[int]) -> Trail:
     """The trail after some axes were mixed or picked from; the axes themselves stay in place."""
     gone = tuple(gone)
     mixed = leaf_axes(digit for i in gone for digit in trail.axes[i])
-    axes = tuple(foreign(length(a)) if i in gone else a for i, a in enumerate(trail.axes))
+    axes = tuple(lost(length(a)) if i in gone else a for i, a in enumerate(trail.axes))
     return trail._replace(axes=axes, lost=trail.lost | mixed)
 
 

@@ -7,7 +7,7 @@ a use of kind ``"other"`` that names the operation; nothing is skipped.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.extend.core as jex
@@ -308,7 +308,13 @@ def _use(op: Op, operand: int, trail: Trail, trips: int | None) -> Use:
 
 def _axis_map(trail: Trail, axis: int) -> AxisMap | None:
     held = trail_lib.leaf_axes(d for key, ds in trail.stacked if key is not None for d in ds)
-    if axis in trail.lost | trail.vague | held:
+    unknown = trail.lost | trail.vague | held
+    for digits in trail.axes:
+        # Where positions add up to those of an axis that is not known, neither is.
+        found = trail_lib.leaf_axes(digits)
+        if axis in found and (found & unknown or trail_lib.holds_lost(digits)):
+            return None
+    if axis in unknown:
         return None
     parts = tuple(
         Part(digit.size, digit.stride, where, stride, offset)
@@ -319,13 +325,21 @@ def _axis_map(trail: Trail, axis: int) -> AxisMap | None:
     return AxisMap(trail.starts[axis], tuple(sorted(parts, key=lambda p: -abs(p.leaf_stride))))
 
 
-def _strides(digits: Sequence[Digit], stride: int, offset: int) -> Iterator[tuple[Digit, int, int]]:
-    """Each digit that walks the leaf, its stride and its offset on the array's axis."""
+def _strides(digits: Sequence[Digit], stride: int, offset: int) -> list[tuple[Digit, int, int]]:
+    """Each digit that walks the leaf, its stride and its offset on the array's axis.
+
+    Positions of several digits add up, so what lies before them all is counted with the first.
+    """
+    found: list[tuple[Digit, int, int]] = []
     stride *= trail_lib.length(digits)
     for digit in digits:
         stride //= digit.size
         if digit.inside:
-            yield from _strides(digit.inside, stride, offset + digit.offset * stride)
-        else:
-            yield digit, stride, offset
-            offset = 0
+            found += _strides(digit.inside, stride, 0)
+            offset += digit.offset * stride
+        elif digit.axis >= 0:
+            found.append((digit, stride, 0))
+    if found:
+        first, step, before = found[0]
+        found[0] = (first, step, before + offset)
+    return found

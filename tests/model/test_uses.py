@@ -458,6 +458,27 @@ def check_positions(shape, use, operand):
     assert reached == set(operand[operand >= 0].ravel().tolist())
 
 
+def test_what_lies_before_a_leaf_is_counted_once():
+    def change(w):
+        rows = jnp.concatenate([w, -jnp.ones((1, 2, 6), w.dtype)]).reshape(48)
+        return jnp.concatenate([-jnp.ones(1, w.dtype), rows])
+
+    operand = np.asarray(change(np.arange(36, dtype=np.int32).reshape(3, 2, 6)))
+    (use,) = find_uses(read(lambda w, x: change(w) * x, np.zeros((3, 2, 6), np.int32), operand))
+    assert all(axis is not None for axis in use.axes)
+    check_positions((3, 2, 6), use, operand)
+
+
+def test_what_shares_an_axis_with_unknown_positions_is_unknown():
+    def change(w):
+        row = -jnp.ones((1, 4), w.dtype)
+        return jnp.flip(jnp.concatenate([w.reshape(2, 4), row]), 0)
+
+    operand = np.asarray(change(np.arange(8, dtype=np.int32).reshape(4, 2)))
+    (use,) = find_uses(read(lambda w, x: change(w) * x, np.zeros((4, 2), np.int32), operand))
+    check_positions((4, 2), use, operand)
+
+
 @given(chains())
 @settings(max_examples=80)
 def test_positions_are_where_the_elements_are(case):
