@@ -214,14 +214,14 @@ class Trained(nn.Module):
 
 def test_the_training_step_of_the_same_parameters_is_rewritten_too():
     model, x = Trained(), normal(2, 4, 4, 3)
-    variables = model.init(jax.random.key(0), x, train=False)
+    variables = jax.jit(functools.partial(model.init, train=False))(jax.random.key(0), x)
     pair = cut(functools.partial(model.apply, train=False), variables, (x,))
 
     def step(variables, x, key):
         return model.apply(variables, x, train=True, mutable=["batch_stats"], rngs={"dropout": key})
 
     key = jax.random.key(1)
-    whole, updated = step(pair.masked, x, key)
+    whole, updated = jax.jit(step)(pair.masked, x, key)
     small, smaller = jax.jit(rewrite(step, variables, pair.kept))(pair.small, x, key)
     assert difference(whole, small) < 1e-5
     stays = pair.kept["batch_stats/BatchNorm_0/mean"]

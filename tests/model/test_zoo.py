@@ -28,7 +28,7 @@ def test_what_can_be_cut_is_what_was_derived_by_hand_and_masked_equals_removed(n
     assert difference(masked, removed) < case.tolerance
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(networks(), st.integers(0, 2**16))
 def test_masked_equals_removed_in_random_networks(drawn: Drawn, seed: int):
     pair = cut(drawn.apply_fn, drawn.params, drawn.inputs, seed)
@@ -63,5 +63,5 @@ def test_other_batch_sizes(name):
     case = ZOO[name]()
     pair = cut(case.apply_fn, case.params, case.inputs)
     more = jax.tree.map(lambda x: np.concatenate([x, x, x]), case.inputs)
-    expected = case.apply_fn(pair.masked, *more)
-    assert difference(expected, pair.smaller(pair.small, *more)) < LAW
+    expected = jax.jit(case.apply_fn)(pair.masked, *more)
+    assert difference(expected, jax.jit(pair.smaller)(pair.small, *more)) < LAW
