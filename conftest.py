@@ -7,10 +7,11 @@ out, unless JAXCOMP_TEST_OPTIMIZED is set. CI runs what promises equal bits with
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-flags = ["--xla_force_host_platform_device_count=8"]
-if "JAXCOMP_TEST_OPTIMIZED" not in os.environ:
-    flags.append("--xla_backend_optimization_level=0")
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8"
+    + ("" if "JAXCOMP_TEST_OPTIMIZED" in os.environ else " --xla_backend_optimization_level=0")
+).strip()
 
 from jaxtyping import install_import_hook
 
