@@ -25,6 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxcomp.sharding import explicit_axes
+
 Need = Literal["gradients", "squared_gradients", "activations", "key"]
 Slices = dict[tuple[str, int], Array]
 
@@ -339,6 +341,9 @@ def _rows(array: Any, axis: int, part: Any, group: Any) -> Array:
             f"{part.path}: positions of shape {positions.shape} in group {group.name}, "
             f"which has {group.size} units"
         )
+    if explicit_axes(array):
+        # Rows of one axis have no place on a mesh that every operation must name.
+        array = np.asarray(array)
     library: Any = np if isinstance(array, np.ndarray) else jnp
     array = library.asarray(array)
     if not 0 <= axis < array.ndim or (

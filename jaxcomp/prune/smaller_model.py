@@ -13,6 +13,7 @@ from jaxcomp.model.couple import Coupling
 from jaxcomp.model.rewrite import rewrite, smaller_shapes
 from jaxcomp.model.tally import Tally
 from jaxcomp.prune.shrink import at_once, shrink
+from jaxcomp.sharding import automatic, explicit_axes, spec_like
 
 Kept = dict[str, tuple[np.ndarray | None, ...]]
 
@@ -167,8 +168,14 @@ def masked(params: Any, kept: Kept) -> Any:
                 array = library.where(mask, array, library.zeros((), array.dtype))
         return array
 
+    def mask(leaf: Any, stays: tuple[np.ndarray | None, ...]) -> Any:
+        function = lambda array: zeroed(array, stays)
+        if explicit_axes(leaf):
+            return automatic(function, out=spec_like(leaf, leaf.shape))(leaf)
+        return at_once(function, leaf)
+
     news = {
-        path: at_once(lambda array, stays=kept[path]: zeroed(array, stays), leaf)
+        path: mask(leaf, kept[path])
         for path, leaf in tree_lib.flatten(params, is_leaf=lambda _: False).items()
         if any(positions is not None for positions in kept[path])
     }

@@ -7,6 +7,8 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxcomp
 from jaxcomp import prune
@@ -233,6 +235,30 @@ def test_a_smaller_model_can_be_cut_again_and_saved(tmp_path):
     jaxcomp.save(tmp_path / "small.jxc", twice.params)
     loaded = jaxcomp.load(tmp_path / "small.jxc")
     np.testing.assert_array_equal(twice.apply(loaded, X), twice.apply(twice.params, X))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_sharded_parameters_lose_the_same_channels_and_stay_sharded(kind):
+    mesh = jax.make_mesh((4,), ("model",), axis_types=(kind,))
+    specs = {"w0": P(None, "model"), "b0": P("model"), "w1": P("model"), "w2": P()}
+
+    def model(p, x):
+        h = jax.nn.sigmoid(x @ p["w0"] + p["b0"])
+        # Explicit axes want to know where a product of sharded axes goes.
+        where = {"out_sharding": P()} if kind == AxisType.Explicit else {}
+        return jax.nn.relu(jnp.dot(h, p["w1"], **where)) @ p["w2"]
+
+    expected = prune.channels(mlp, PARAMS, X, sparsity=0.5)
+    with jax.set_mesh(mesh):
+        place = lambda path: NamedSharding(mesh, specs[path])
+        sharded = {path: jax.device_put(leaf, place(path)) for path, leaf in PARAMS.items()}
+        smaller = prune.channels(model, sharded, X, sparsity=0.5)
+        result = jax.jit(smaller.apply)(smaller.params, X)
+    for path in PARAMS:
+        np.testing.assert_array_equal(smaller.params[path], expected.params[path])
+        np.testing.assert_array_equal(smaller.masked[path], expected.masked[path])
+        assert smaller.params[path].sharding.is_equivalent_to(place(path), PARAMS[path].ndim)
+    assert difference(expected.apply(expected.params, X), result) < 1e-6
 
 
 def test_the_smaller_model_can_be_quantized_like_any_other():
