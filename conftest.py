@@ -1,16 +1,10 @@
-"""Set up before anything imports jax: fake devices, and run-time checks of every signature.
-
-Most of the suite's time is compilation, a third of which LLVM's optimizations take: they are left
-out, unless JAXCOMP_TEST_OPTIMIZED is set. CI runs what promises equal bits with them as well.
-"""
+"""Set up before anything imports jax: fake devices, and run-time checks of every signature."""
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8"
-    + ("" if "JAXCOMP_TEST_OPTIMIZED" in os.environ else " --xla_backend_optimization_level=0")
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
 
 from jaxtyping import install_import_hook

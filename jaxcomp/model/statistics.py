@@ -140,7 +140,8 @@ def minmax() -> Statistic:
 def mean_square() -> Statistic:
     """The mean of the squares of each input channel.
 
-    For an embedding, whose input is a one-hot row, this is the frequency of each row.
+    For an embedding, whose input is a one-hot row, this is the frequency of each row. Squares below
+    the smallest normal float32 count as zero.
 
     Returns:
         A statistic with values of shape ``(features,)``.
@@ -165,7 +166,8 @@ def second_moment() -> Statistic:
 
     A convolution's samples are its patches, so the features are kernel × input channels in the
     order in which the leaf's own axes follow each other. The diagonal is that of
-    :func:`mean_square`; times the number of samples it is XᵀX.
+    :func:`mean_square`; times the number of samples it is XᵀX. Products below the smallest normal
+    float32 count as zero.
 
     Returns:
         A statistic with values of shape ``(features, features)``.
