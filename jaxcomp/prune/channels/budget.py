@@ -1,7 +1,7 @@
 """How small is small enough: a budget, and the least removal that meets it.
 
 Removals come as levels, each a little smaller than the one before
-(:func:`~jaxcomp.prune.channel_selection.removal_order`). What is counted is bisected to the exact
+(:func:`~jaxcomp.prune.channels.selection.removal_order`). What is counted is bisected to the exact
 level; what is timed is measured at few levels, each by the median of repeated runs.
 """
 

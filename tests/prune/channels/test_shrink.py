@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 import jaxcomp
 from jaxcomp import prune, quantize, share
 from jaxcomp import tree as tree_lib
-from jaxcomp.prune.shrink import shrink
+from jaxcomp.prune.channels.shrink import shrink
 from tests import methods
 
 HIDDEN = np.array([0, 2, 3, 5, 6, 7])

@@ -19,11 +19,11 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxcomp import CheckpointError, load, prune, save
-from jaxcomp.prune import channel_scores
-from jaxcomp.prune.channel_selection import at_level, level_of, removal_order
-from jaxcomp.prune.channels import channels
-from jaxcomp.prune.iterative import channels_iteratively, expand
-from jaxcomp.prune.resume import FILE
+from jaxcomp.prune.channels import scores as channel_scores
+from jaxcomp.prune.channels.iterative import channels_iteratively, expand
+from jaxcomp.prune.channels.removal import channels
+from jaxcomp.prune.channels.resume import FILE
+from jaxcomp.prune.channels.selection import at_level, level_of, removal_order
 
 X = np.random.default_rng(0).normal(size=(16, 5)).astype(np.float32)
 Y = np.random.default_rng(1).normal(size=(16, 3)).astype(np.float32)
@@ -602,7 +602,7 @@ def test_resumed_to_the_bit(tmp_path, whole, end):
 
 SCRIPT = """
     import os, signal, sys
-    from tests.prune.test_iterative import iterate, varied_call, varied_finetune
+    from tests.prune.channels.test_iterative import iterate, varied_call, varied_finetune
     params, how = varied_call()
     finetune = varied_finetune()
     def killed(smaller, state, step):

@@ -1,6 +1,6 @@
 """How much a channel matters: the scores of the literature, summed over a group of coupled slices.
 
-Each takes a :class:`~jaxcomp.prune.channel_groups.ScoredGroup` and gives one number a unit; the
+Each takes a :class:`~jaxcomp.prune.channels.groups.ScoredGroup` and gives one number a unit; the
 units with the lowest go first. A leaf that a group takes along two of its axes, such as the square
 kernel of a recurrent layer, is two slices and counts once in each.
 """
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxcomp.prune.channel_groups import ScoredGroup, needs
+from jaxcomp.prune.channels.groups import ScoredGroup, needs
 
 # Names that Linen, NNX, Haiku, Equinox and hand-written models give to a normalization's scale.
 # `weight` is also what Equinox calls a matrix, so there it takes a leaf of one axis.

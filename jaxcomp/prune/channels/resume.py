@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 
 from jaxcomp import tree as tree_lib
 from jaxcomp.checkpoint import CheckpointError, load, save
-from jaxcomp.prune.channel_selection import Kept
+from jaxcomp.prune.channels.selection import Kept
 
 FILE = "channels.jxc"
 _FORMAT = 1

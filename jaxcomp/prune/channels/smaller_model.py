@@ -12,7 +12,7 @@ from jaxcomp import tree as tree_lib
 from jaxcomp.model.couple import Coupling
 from jaxcomp.model.rewrite import rewrite, smaller_shapes
 from jaxcomp.model.tally import Tally
-from jaxcomp.prune.shrink import at_once, shrink
+from jaxcomp.prune.channels.shrink import at_once, shrink
 from jaxcomp.sharding import automatic, explicit_axes, spec_like
 
 Kept = dict[str, tuple[np.ndarray | None, ...]]
@@ -87,7 +87,7 @@ class SmallerModel:
                 average of the weights, or any tree that holds such trees.
 
         Returns:
-            The tree with smaller leaves; see :func:`jaxcomp.prune.shrink`.
+            The tree with smaller leaves; see :func:`jaxcomp.prune.channels.shrink`.
         """
         return shrink(tree, self.full_params, self.kept)
 

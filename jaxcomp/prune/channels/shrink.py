@@ -16,7 +16,7 @@ from jaxcomp import tree as tree_lib
 from jaxcomp.arrays import is_compressed
 from jaxcomp.compression import Compression, State
 from jaxcomp.optimizer import Trained, WrappedState
-from jaxcomp.prune.channel_mirrors import Entry, Index, Parameter, Parts, candidates, index, split
+from jaxcomp.prune.channels.mirrors import Entry, Index, Parameter, Parts, candidates, index, split
 from jaxcomp.prune.gradual import GradualBuffers
 from jaxcomp.sharding import automatic, explicit_axes, spec_like
 

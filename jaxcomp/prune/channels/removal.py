@@ -11,11 +11,11 @@ from jaxcomp.arrays import is_compressed
 from jaxcomp.model.couple import ChannelGroup, Coupling, analyse
 from jaxcomp.model.program import read
 from jaxcomp.model.rewrite import rewrite
-from jaxcomp.prune import channel_scores
-from jaxcomp.prune.budget import Budget, Met, meet, meet_time
-from jaxcomp.prune.channel_evidence import Evidence, gather_evidence
-from jaxcomp.prune.channel_groups import evaluate_all, needs_of, scored_group
-from jaxcomp.prune.channel_selection import (
+from jaxcomp.prune.channels import scores as channel_scores
+from jaxcomp.prune.channels.budget import Budget, Met, meet, meet_time
+from jaxcomp.prune.channels.evidence import Evidence, gather_evidence
+from jaxcomp.prune.channels.groups import evaluate_all, needs_of, scored_group
+from jaxcomp.prune.channels.selection import (
     Kept,
     RemovalOrder,
     Scope,
@@ -25,8 +25,8 @@ from jaxcomp.prune.channel_selection import (
     removal_order,
     shortfalls,
 )
-from jaxcomp.prune.shrink import on_host, shrink
-from jaxcomp.prune.smaller_model import SmallerModel, kept_positions, masked, size_of
+from jaxcomp.prune.channels.shrink import on_host, shrink
+from jaxcomp.prune.channels.smaller_model import SmallerModel, kept_positions, masked, size_of
 
 # Fixed for every model alike, and no news: not worth a line of the print-out.
 _PLAIN_REASONS = ("is an axis of the model's", "slides along it", "walks along it")
@@ -85,8 +85,8 @@ def channels(
         params: its parameters, with ``batch_stats`` and the like if it takes them.
         *inputs: an example batch; only shapes and dtypes matter, and other batch sizes will do
             later.
-        score: a function of a :class:`~jaxcomp.prune.channel_groups.ScoredGroup`, such as those of
-            :mod:`jaxcomp.prune.channel_scores`; the lowest go.
+        score: a function of a :class:`~jaxcomp.prune.channels.groups.ScoredGroup`, such as those of
+            :mod:`jaxcomp.prune.channels.scores`; the lowest go.
         sparsity: fraction of the channels to remove, in [0, 1).
         budget: what the smaller model may cost at most, instead of a sparsity.
         scope: ``"layer"``: the same fraction of every group; ``"global"``: the lowest anywhere.

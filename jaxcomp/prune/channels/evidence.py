@@ -11,7 +11,7 @@ from jaxcomp import tree as tree_lib
 from jaxcomp.model.observe import observe
 from jaxcomp.model.statistics import mean_square
 from jaxcomp.model.trace import trace
-from jaxcomp.prune.channel_groups import Need
+from jaxcomp.prune.channels.groups import Need
 
 
 class Evidence(NamedTuple):

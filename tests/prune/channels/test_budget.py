@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxcomp.prune.budget import Budget, meet, meet_time
-from jaxcomp.prune.channel_selection import at_level, removal_order
+from jaxcomp.prune.channels.budget import Budget, meet, meet_time
+from jaxcomp.prune.channels.selection import at_level, removal_order
 
 KINDS = ("flops", "macs", "parameters", "bytes")
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxcomp.prune import channel_scores as scores
-from jaxcomp.prune.channel_groups import (
+from jaxcomp.prune.channels.groups import (
     ChannelScore,
     ScoredGroup,
     evaluate,

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxcomp
 from jaxcomp import prune
-from jaxcomp.prune import channel_scores
+from jaxcomp.prune.channels import scores as channel_scores
 from tests.model.cutting import difference
 from tests.model.zoo import ZOO
 

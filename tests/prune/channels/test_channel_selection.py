@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxcomp.prune import channel_selection as selection
-from jaxcomp.prune.channel_selection import (
+from jaxcomp.prune.channels import selection
+from jaxcomp.prune.channels.selection import (
     at_level,
     level_of,
     match_groups,

@@ -11,10 +11,9 @@ import numpy as np
 
 from jaxcomp import tree as tree_lib
 from jaxcomp.model.progress import watched
-from jaxcomp.prune import channel_scores
-from jaxcomp.prune.budget import Budget
-from jaxcomp.prune.channel_selection import Scope
-from jaxcomp.prune.channels import (
+from jaxcomp.prune.channels import scores as channel_scores
+from jaxcomp.prune.channels.budget import Budget
+from jaxcomp.prune.channels.removal import (
     Model,
     Options,
     as_patterns,
@@ -24,10 +23,11 @@ from jaxcomp.prune.channels import (
     shapes_of,
     trace_model,
 )
-from jaxcomp.prune.resume import Point, describe, path_in, read_point, write_point
+from jaxcomp.prune.channels.resume import Point, describe, path_in, read_point, write_point
+from jaxcomp.prune.channels.selection import Scope
+from jaxcomp.prune.channels.shrink import at_once, on_host, shrink
+from jaxcomp.prune.channels.smaller_model import Kept, Size, SmallerModel, kept_positions, size_of
 from jaxcomp.prune.schedules import check_sparsity
-from jaxcomp.prune.shrink import at_once, on_host, shrink
-from jaxcomp.prune.smaller_model import Kept, Size, SmallerModel, kept_positions, size_of
 from jaxcomp.sharding import automatic, spec_like
 
 Goal = float | Budget
