@@ -1,14 +1,18 @@
 """What a weight can become: one representation a file, all of them pytree nodes that decode."""
 
 from jaxcomp.arrays.base import CompressedArray, decode, is_compressed, nbytes
+from jaxcomp.arrays.block_sparse import BlockSparseArray
 from jaxcomp.arrays.codebook import CodebookArray
+from jaxcomp.arrays.nm_sparse import NMSparseArray
 from jaxcomp.arrays.parts import Parts, Symbols
 from jaxcomp.arrays.quantized import QuantizedArray
 from jaxcomp.arrays.sparse import SparseArray
 
 __all__ = [
+    "BlockSparseArray",
     "CodebookArray",
     "CompressedArray",
+    "NMSparseArray",
     "Parts",
     "QuantizedArray",
     "SparseArray",

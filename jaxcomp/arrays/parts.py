@@ -17,7 +17,7 @@ class Symbols(NamedTuple):
     """Small unsigned integers that an entropy coder may shorten.
 
     Attributes:
-        values: unsigned integers below ``alphabet``, in the shape of the dense leaf.
+        values: unsigned integers below ``alphabet``, one a weight or one a group or block of them.
         alphabet: how many symbols there are.
     """
 

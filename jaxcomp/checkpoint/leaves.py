@@ -14,8 +14,10 @@ import numpy as np
 from jaxtyping import Shaped
 
 from jaxcomp.arrays import (
+    BlockSparseArray,
     CodebookArray,
     CompressedArray,
+    NMSparseArray,
     Parts,
     QuantizedArray,
     SparseArray,
@@ -32,6 +34,8 @@ KINDS: dict[str, type[CompressedArray]] = {
     "quantized": QuantizedArray,
     "codebook": CodebookArray,
     "sparse": SparseArray,
+    "nm_sparse": NMSparseArray,
+    "block_sparse": BlockSparseArray,
 }
 
 TENSOR_BYTES = 4096
