@@ -184,7 +184,7 @@ def snip(weight: Leaf, gradient: Evidence = None) -> Leaf:
 
 
 def grasp(weight: Leaf, hessian_gradient: Evidence = None) -> Leaf:
-    """How much the squared gradient norm falls if the weight goes: ``w · (H g)``, signed.
+    """Half of what the squared gradient norm loses if the weight goes: ``w · (H g)``, signed.
 
     Removing the weights of the lowest, most negative scores raises the norm of the gradient most.
     The paper's score is this with the other sign, and the highest go there.
@@ -297,7 +297,7 @@ def obd(weight: Leaf, curvature: Evidence = None) -> Leaf:
 
 
 def fisher(weight: Leaf, squared_gradient: Evidence = None) -> Leaf:
-    """The diagonal of the empirical Fisher information: ``Σ (∂L/∂w)²``, as it is given.
+    """The diagonal of the empirical Fisher information, as given: the mean of ``(∂L/∂w)²``.
 
     Args:
         weight: one leaf, of which only the shape counts.
@@ -318,7 +318,7 @@ def fisher(weight: Leaf, squared_gradient: Evidence = None) -> Leaf:
 
 
 def fisher_weighted(weight: Leaf, squared_gradient: Evidence = None) -> Leaf:
-    """The loss's change to second order, with the Fisher for the Hessian: ``w² · Σ (∂L/∂w)²``.
+    """The loss's change to second order, with the Fisher for the Hessian: ``w² · F``.
 
     Args:
         weight: one leaf.

@@ -1,0 +1,1 @@
+"""Pruning a trained network at once: evidence from data, and the methods that need no training."""
