@@ -106,11 +106,18 @@ def tensor_name(path: Path, part: str) -> str:
     return f"{name}.{part}" if part else name
 
 
-def take_apart(leaf: Any) -> tuple[str | None, Parts]:
-    """A checked leaf's kind and parts; a dense array is one array named ``""``."""
+def take_apart(path: Path, leaf: Any) -> tuple[str | None, Parts]:
+    """A checked leaf's kind and parts; a dense array is one array named ``""``.
+
+    Raises:
+        ValueError: the fields of a compressed leaf do not fit each other.
+    """
     if isinstance(leaf, CompressedArray):
         kind = next(kind for kind, cls in KINDS.items() if cls is type(leaf))
-        return kind, leaf.to_parts()
+        try:
+            return kind, leaf.to_parts()
+        except ValueError as error:
+            raise ValueError(f"{show(path)}: {error}") from error
     return None, Parts({}, {}, {"": np.asarray(leaf)})
 
 

@@ -63,7 +63,7 @@ def save(path: str | os.PathLike, tree: Any, metadata: dict[str, Any] | None = N
 
 def _store(path: Path, leaf: Any, body: list[bytes], tensors: dict[str, np.ndarray]) -> list[Any]:
     """Append a leaf's parts to ``body`` and ``tensors``; returns its entry in the manifest."""
-    kind, parts = take_apart(leaf)
+    kind, parts = take_apart(path, leaf)
     arrays, symbols = {}, {}
     for name, array in parts.arrays.items():
         plain = np.asarray(array, array.dtype.newbyteorder("="), order="C")

@@ -6,7 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcomp.arrays import CodebookArray, QuantizedArray, SparseArray
+from jaxcomp.arrays import (
+    BlockSparseArray,
+    CodebookArray,
+    NMSparseArray,
+    QuantizedArray,
+    SparseArray,
+)
 from jaxcomp.arrays.codebook import index_bits
 
 
@@ -37,6 +43,10 @@ def reference(leaf):
         for at in np.ndindex(*values.shape[:-1]):
             dense[at][keep[at]] = values[at][: keep[at].sum()]
         return dense
+    if isinstance(leaf, NMSparseArray):
+        return nm_reference(leaf)
+    if isinstance(leaf, BlockSparseArray):
+        return block_reference(leaf)
     if isinstance(leaf, CodebookArray):
         book = np.asarray(leaf.codebook)
         indices = unpack_reference(leaf.indices, index_bits(book.shape[-1]), leaf.length)
@@ -58,6 +68,38 @@ def reference(leaf):
     # A code has 8 bits at most, so the float64 product is exact: the one rounding is to float32.
     product = ((codes - zero) * scale.astype(np.float64)).astype(np.float32)
     return product.reshape(shape).astype(leaf.dtype)
+
+
+def nm_reference(leaf):
+    """Value by value."""
+    values = np.asarray(leaf.values)
+    bits = max(1, math.ceil(math.log2(leaf.m)))
+    positions = unpack_reference(leaf.positions, bits, values.shape[-1])
+    shape = list(values.shape)
+    shape[leaf.axis] = shape[leaf.axis] * leaf.m // leaf.n
+    dense = np.zeros(shape, values.dtype)
+    for index in np.ndindex(*values.shape):
+        place = list(index)
+        place[leaf.axis] = index[leaf.axis] // leaf.n * leaf.m + positions[index]
+        dense[tuple(place)] = values[index]
+    return dense
+
+
+def block_reference(leaf):
+    """Block by block, counted anew in each batch entry."""
+    keep = unpack_reference(leaf.mask, 1, leaf.length).astype(bool)
+    values, block = np.asarray(leaf.values), leaf.block_shape
+    sizes = (1,) * (keep.ndim - len(block)) + block
+    dense = np.zeros(np.multiply(keep.shape, sizes), values.dtype)
+    batch = values.shape[: values.ndim - len(block) - 1]
+    for at in np.ndindex(*batch):
+        count = 0
+        for place in np.argwhere(keep[at]):
+            corner = zip(at + tuple(place), sizes, strict=True)
+            tile = tuple(slice(i * size, (i + 1) * size) for i, size in corner)
+            dense[tile] = values[at][count].reshape(dense[tile].shape)
+            count += 1
+    return dense
 
 
 def quantized(
@@ -119,6 +161,34 @@ def sparse(x, sparsity=0.6, batch_axes=0):
     return SparseArray.encode(jnp.asarray(x), batch_axes=batch_axes)
 
 
+def nm_sparse(x, n, m, axis=-2):
+    """The n largest magnitudes of each group, by sorting; the first group may keep fewer."""
+    x = np.array(x)
+    rows = np.moveaxis(x, axis, -1).copy()
+    groups = rows.reshape(*rows.shape[:-1], rows.shape[-1] // m, m)
+    order = np.argsort(np.abs(groups.astype(np.float64)), axis=-1)
+    np.put_along_axis(groups, order[..., : m - n], 0, -1)
+    groups.reshape(-1)[:1] = 0
+    x = np.moveaxis(groups.reshape(rows.shape), -1, axis)
+    return NMSparseArray.encode(jnp.asarray(x), n, m, axis)
+
+
+def block_sparse(x, block=(2, 2), batch_axes=0, density=0.5):
+    """Random blocks, a different number in each batch entry."""
+    x = np.array(x)
+    grid = [size // part for size, part in zip(x.shape[-len(block) :], block, strict=True)]
+    keep = np.random.default_rng(x.size).random((*x.shape[: -len(block)], *grid)) < density
+    for axis, size in enumerate(block, -len(block)):
+        keep = keep.repeat(size, axis)
+    return BlockSparseArray.encode(jnp.asarray(np.where(keep, x, 0)), block, batch_axes=batch_axes)
+
+
+def fit_nm(x, batch_axes=0):
+    """2:4 along the input axis, or 1:2 where it is too short."""
+    m = 4 if x.shape[-2] % 4 == 0 else 2
+    return nm_sparse(x, m // 2, m)
+
+
 FORMS = {
     "int1": lambda x, batch_axes=0: quantized(x, 1, batch_axes=batch_axes),
     "int3-affine": lambda x, batch_axes=0: quantized(x, 3, affine=True, batch_axes=batch_axes),
@@ -131,6 +201,9 @@ FORMS = {
     "codebook16": lambda x, batch_axes=0: shared(x, 16, batch_axes),
     "codebook5": lambda x, batch_axes=0: shared(x, 5, batch_axes),
     "sparse": lambda x, batch_axes=0: sparse(x, batch_axes=batch_axes),
+    "2:4": fit_nm,
+    "1:all": lambda x, batch_axes=0: nm_sparse(x, 1, x.shape[-1], -1),
+    "blocks": lambda x, batch_axes=0: block_sparse(x, batch_axes=batch_axes),
 }
 
 

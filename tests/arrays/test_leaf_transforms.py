@@ -10,7 +10,14 @@ import pytest
 from jax.test_util import check_grads
 from leaf_samples import FORMS, quantized, reference, shared, sparse, weights
 
-from jaxcomp.arrays import CodebookArray, QuantizedArray, SparseArray, decode, nbytes
+from jaxcomp.arrays import (
+    BlockSparseArray,
+    CodebookArray,
+    QuantizedArray,
+    SparseArray,
+    decode,
+    nbytes,
+)
 from jaxcomp.arrays.bits import pack_bits
 
 FLAT = [f for f in FORMS if f not in ("int1", "int4-tensor", "codebook5")]
@@ -22,7 +29,9 @@ def equal(a, b):
 
 def said(leaf):
     """What a leaf without values says of itself: all but the fraction of zeros."""
-    form = "sparse" if isinstance(leaf, SparseArray) else leaf.form()
+    form = leaf.form()
+    if isinstance(leaf, SparseArray | BlockSparseArray):
+        form = "sparse" if isinstance(leaf, SparseArray) else "sparse in 2x2 blocks"
     return f"shape=(4, 6), dtype=float32, {form}, {leaf.nbytes} bytes"
 
 
@@ -165,7 +174,7 @@ def test_vmap_and_scan_slice_every_field(form):
         equal(stack[layer], dense[layer])
 
 
-@pytest.mark.parametrize("form", ["int3-affine", "codebook16", "sparse"])
+@pytest.mark.parametrize("form", ["int3-affine", "codebook16", "sparse", "2:4", "blocks"])
 def test_two_stacked_axes(form):
     stack = FORMS[form](weights((2, 3, 4, 6)), batch_axes=2)
     dense = reference(stack)
@@ -194,7 +203,7 @@ def test_encoding_under_vmap_gives_every_field_the_axis():
         equal(jax.vmap(lambda leaf: leaf.decode())(leaf), reference(leaf))
 
 
-@pytest.mark.parametrize("form", ["int4", "codebook16", "sparse"])
+@pytest.mark.parametrize("form", ["int4", "codebook16", "sparse", "2:4", "blocks"])
 def test_checkpoint_inside_a_scan_with_gradients(form):
     stack = FORMS[form](weights((3, 6, 6)), batch_axes=1)
     x = jnp.asarray(weights((2, 6)))
@@ -268,7 +277,7 @@ def test_decoding_is_fused_where_it_is_used():
 
 
 def test_decoding_runs_under_disable_jit():
-    for form in ("int4", "sparse"):
+    for form in ("int4", "sparse", "2:4", "blocks"):
         leaf = FORMS[form](weights((4, 6)))
         with jax.disable_jit():
             equal(leaf.decode(), reference(leaf))

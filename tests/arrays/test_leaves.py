@@ -10,9 +10,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from leaf_samples import FORMS, quantized, reference, shared, sparse, weights
+from leaf_samples import (
+    FORMS,
+    block_sparse,
+    nm_sparse,
+    quantized,
+    reference,
+    shared,
+    sparse,
+    weights,
+)
 
-from jaxcomp.arrays import CodebookArray, QuantizedArray, SparseArray, decode, is_compressed, nbytes
+from jaxcomp.arrays import (
+    BlockSparseArray,
+    CodebookArray,
+    CompressedArray,
+    QuantizedArray,
+    SparseArray,
+    decode,
+    is_compressed,
+    nbytes,
+)
 from jaxcomp.arrays.codebook import index_bits
 
 DTYPES = ["float16", "bfloat16", "float32"]
@@ -235,8 +253,10 @@ def test_a_product_is_rounded_once_wherever_it_is_fused(dtype):
 def test_leaves_without_elements(shape):
     x = weights(shape)
     leaves = [quantized(x), quantized(x, 3, affine=True), shared(x, 3), sparse(x)]
+    leaves += [nm_sparse(x, 2, 4, -1), block_sparse(x, (2,))]
     if len(shape) > 1:
         leaves += [quantized(x, 4, group=(2, -2)), sparse(x, batch_axes=1)]
+        leaves += [nm_sparse(x, 1, 2), block_sparse(x, (2,), batch_axes=1), block_sparse(x)]
     for leaf in leaves:
         assert leaf.shape == shape
         assert leaf.size == 0
@@ -280,6 +300,15 @@ def test_host_copies_decode_too():
             lambda: SparseArray.encode(jnp.zeros((1000,)).at[5].set(1)),
             "SparseArray(shape=(1000,), dtype=float32, 99.9% sparse, 129 bytes)",
         ),
+        (
+            lambda: nm_sparse(weights((8, 6), "bfloat16"), 2, 4),
+            "NMSparseArray(shape=(8, 6), dtype=bfloat16, 2:4 sparse, 56 bytes)",
+        ),
+        (
+            lambda: BlockSparseArray.encode(jnp.eye(12), (4, 2)),
+            "BlockSparseArray(shape=(12, 12), dtype=float32, 66.7% of 4x2 blocks removed, "
+            "195 bytes)",
+        ),
     ],
 )
 def test_repr(leaf, text):
@@ -292,7 +321,7 @@ def test_repr(leaf, text):
 )
 def test_repr_of_nonsense_is_one_line(form, fill):
     node = jax.tree.map(lambda _: fill, FORMS[form](weights((4, 6))))
-    assert isinstance(node, QuantizedArray | CodebookArray | SparseArray)
+    assert isinstance(node, CompressedArray)
     text = repr(node)
     assert text.startswith(type(node).__name__ + "(")
     assert "\n" not in text
