@@ -25,7 +25,7 @@ also gives ``project`` (the part of ``apply`` that may be written into the weigh
 ``apply_projected`` (the rest). For every method ``apply = apply_projected ∘ project``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -64,6 +64,12 @@ class Compression(NamedTuple):
             idempotent, and the identity on a fresh state.
         apply_projected: what is left of ``apply`` for projected weights; None exactly where
             ``project`` is None.
+        restart: ``restart(old, new) -> {path: mask}``, from the states before and after an
+            ``update``: True where the optimizer is to forget a weight. None where it never is.
+            Needs ``project``.
+        rewind: ``rewind(params, old, new) -> params``, what the stored weights become after an
+            update, before ``project``; the same objects where nothing changes. None where they stay
+            what the optimizer made of them. Needs ``project``.
     """
 
     init: Callable[[Params], State]
@@ -72,6 +78,8 @@ class Compression(NamedTuple):
     pack: Callable[[Params, State], Any]
     project: Callable[[Params, State], Params] | None = None
     apply_projected: Callable[[Params, State], Params] | None = None
+    restart: Callable[[State, State], dict[str, Any]] | None = None
+    rewind: Callable[[Params, State, State], Params] | None = None
 
 
 def keep(params: Params, state: State) -> Params:
@@ -121,6 +129,8 @@ def chain(*methods: Compression) -> Compression:
 
     Raises:
         TypeError: an argument is not a :class:`Compression`.
+        ValueError: a method that restarts or rewinds weights stands behind one that changes them,
+            and so does not own them.
 
     Example:
         >>> both = chain(identity(), identity())
@@ -178,11 +188,31 @@ def chain(*methods: Compression) -> Compression:
             params = (rest or methods[index].apply)(params, part)
         return params
 
-    if count == len(methods):
-        return Compression(init, apply, update, pack, project, keep)
-    if not any(method.project for method in written):
-        return Compression(init, apply, update, pack)
-    return Compression(init, apply, update, pack, project, apply_projected)
+    def restart(old: State, new: State) -> dict[str, Any]:
+        pairs = zip(methods, _split(old, len(methods)), _split(new, len(methods)), strict=True)
+        return _any_mark(m.restart(before, after) for m, before, after in pairs if m.restart)
+
+    def rewind(params: Params, old: State, new: State) -> Params:
+        pairs = zip(methods, _split(old, len(methods)), _split(new, len(methods)), strict=True)
+        for method, before, after in pairs:
+            params = method.rewind(params, before, after) if method.rewind else params
+        return params
+
+    for place, method in enumerate(methods):
+        if place > count and (method.restart or method.rewind):
+            raise ValueError(
+                f"method {place} of the chain drops and regrows stored weights, but method {count} "
+                "changes what is stored: put the one that prunes first"
+            )
+    whole = Compression(init, apply, update, pack)
+    if count < len(methods) and not any(method.project for method in written):
+        return whole
+    return whole._replace(
+        project=project,
+        apply_projected=keep if count == len(methods) else apply_projected,
+        restart=restart if any(method.restart for method in methods) else None,
+        rewind=rewind if any(method.rewind for method in methods) else None,
+    )
 
 
 def partition(
@@ -263,12 +293,35 @@ def partition(
             states[pattern] = methods[pattern].update(part, part_old, part_grads)
         return union(states)
 
+    def restart(old: State, new: State) -> dict[str, Any]:
+        marks: dict[str, Any] = {}
+        for pattern, method in methods.items():
+            if method.restart:
+                # A selection's learned things are not told apart here: masks live in buffers.
+                states = (State({}, state.buffers[pattern]) for state in (old, new))
+                marks |= method.restart(*states)
+        return marks
+
+    def rewind(params: Params, old: State, new: State) -> Params:
+        news = {}
+        for pattern, part in selections(params).items():
+            call = methods[pattern].rewind
+            if call:
+                parts = (part_state(state, pattern, part) for state in (old, new))
+                news.update(call(part, *parts))
+        return tree_lib.replace(params, news)
+
     base = Compression(init, mapped("apply"), update, mapped("pack"))
     if not any(method.project for method in methods.values()):
         return base
     in_weights = all(method.apply_projected is keep for method in methods.values())
     rest = keep if in_weights else mapped("apply_projected")
-    return base._replace(project=mapped("project"), apply_projected=rest)
+    return base._replace(
+        project=mapped("project"),
+        apply_projected=rest,
+        restart=restart if any(method.restart for method in methods.values()) else None,
+        rewind=rewind if any(method.rewind for method in methods.values()) else None,
+    )
 
 
 def _explain_unmatched(rules: Any, everything: Any, leaves: Any) -> None:
@@ -280,6 +333,15 @@ def _explain_unmatched(rules: Any, everything: Any, leaves: Any) -> None:
                 f"pattern '{pattern}' matches only leaves that are not compressed by default "
                 f"({named[0]}): pass where=lambda path, leaf: True to choose from all leaves"
             )
+
+
+def _any_mark(marks: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Union of masks by path."""
+    found: dict[str, Any] = {}
+    for each in marks:
+        for path, mark in each.items():
+            found[path] = found[path] | mark if path in found else mark
+    return found
 
 
 def _check_methods(methods: Any) -> None:

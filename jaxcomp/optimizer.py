@@ -101,9 +101,13 @@ def wrap_optimizer(
         )
         updates, learned_updates = _detach(updates, params, old.learned)
         learned: Any = optax.apply_updates(old.learned, learned_updates)
-        new = method.update(params, State(learned, old.buffers), grads)
+        before = State(learned, old.buffers)
+        new = method.update(params, before, grads)
         if method.project is not None:
-            updates = _write_zeros(method, params, updates, new)
+            updates = _write(method, params, updates, before, new)
+        if method.restart is not None:
+            marks = method.restart(before, new)
+            inner = _forget(inner_tx, inner, params, old.learned, marks)
         return updates, WrappedState(inner, new, method)
 
     return optax.GradientTransformationExtraArgs(init, update)  # type: ignore[arg-type]
@@ -208,18 +212,46 @@ def _pull_back(
     return pull(grads)
 
 
-def _write_zeros(method: Compression, params: Params, updates: Params, state: State) -> Params:
-    """Replace the update of each removed weight by one that makes it exactly zero."""
+def _write(method: Compression, params: Params, updates: Params, old: State, new: State) -> Params:
+    """Replace the update of each weight that a method sets by one that lands there exactly."""
     assert method.project is not None
-    new = optax.apply_updates(params, updates)
-    target, reached = tree_lib.flatten(method.project(new, state)), tree_lib.flatten(new)
+    arrived = optax.apply_updates(params, updates)
+    target = method.rewind(arrived, old, new) if method.rewind else arrived
+    goals, reached = tree_lib.flatten(method.project(target, new)), tree_lib.flatten(arrived)
     stored, moves = tree_lib.flatten(params), tree_lib.flatten(updates)
     news = {
         path: jnp.where(leaf == reached[path], moves[path], (leaf - stored[path]))
-        for path, leaf in target.items()
+        for path, leaf in goals.items()
         if leaf is not reached[path]
     }
     return tree_lib.replace(updates, news)
+
+
+def _forget(
+    inner_tx: optax.GradientTransformation,
+    inner: Any,
+    params: Params,
+    learned: dict[str, Any],
+    marks: dict[str, Any],
+) -> Any:
+    """The optimizer's state, as it began for the weights that are marked.
+
+    What belongs to a weight is found by optax itself, from the optimizer's own ``init``: no class
+    of state is named here. Statistics that are not of the weight's shape (factored ones) stay.
+    """
+    whole = _attach(params, learned)
+    named = {f"{path}/weight" if path in learned else path: mark for path, mark in marks.items()}
+    flags = tree_lib.replace(jax.tree.map(lambda _: False, whole), named)
+    state_flags = optax.tree_utils.tree_map_params(
+        inner_tx, lambda leaf, flag: flag, inner, flags, transform_non_params=lambda leaf: False
+    )
+
+    def mix(leaf: Any, fresh: Any, flag: Any) -> Any:
+        if flag is False or jnp.shape(flag) != jnp.shape(leaf):
+            return leaf
+        return jnp.where(flag, fresh, leaf)
+
+    return jax.tree.map(mix, inner, inner_tx.init(whole), state_flags)
 
 
 def _attach(params: Params, learned: dict[str, Any]) -> Params:

@@ -24,9 +24,15 @@ class Case:
         return self.name
 
 
-def pruner(scope: str = "layer", sparsity: float = 0.6) -> Compression:
+ALLOCATIONS = {
+    "layer": prune.allocation.uniform,
+    "global": prune.allocation.global_threshold,
+}
+
+
+def pruner(scope: str = "layer", sparsity: float = 0.6, **options: Any) -> Compression:
     schedule = prune.cubic(sparsity, begin=1, end=4)
-    return prune.gradual(prune.scores.magnitude, schedule, scope=scope, every=1)
+    return prune.gradual(prune.scores.magnitude, schedule, ALLOCATIONS[scope], every=1, **options)
 
 
 CASES = [

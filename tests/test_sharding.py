@@ -113,7 +113,8 @@ def test_masks_and_indices_lie_where_their_weights_lie(kind):
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_pruning_gathers_no_weights(scope):
     mesh = mesh_of(AxisType.Auto)
-    method = prune.gradual(prune.scores.magnitude, prune.cubic(0.9, 0, 4), scope=scope, every=1)
+    allocation = methods.ALLOCATIONS[scope]
+    method = prune.gradual(prune.scores.magnitude, prune.cubic(0.9, 0, 4), allocation, every=1)
     with jax.set_mesh(mesh):
         weights = {
             name: jax.device_put(
@@ -140,10 +141,11 @@ def test_pruning_gathers_no_weights(scope):
 def test_one_shot_masks_of_sharded_scores():
     mesh = mesh_of(AxisType.Explicit)
     params = methods.params()
-    expected = prune.masks(jax.tree.map(prune.scores.magnitude, params), 0.7, scope="global")
+    together = prune.allocation.global_threshold
+    expected = prune.masks(jax.tree.map(prune.scores.magnitude, params), 0.7, allocation=together)
     with jax.set_mesh(mesh):
         scores = jax.tree.map(prune.scores.magnitude, place(mesh, params))
-        got = jax.jit(lambda s: prune.masks(s, 0.7, scope="global"))(scores)
+        got = jax.jit(lambda s: prune.masks(s, 0.7, allocation=together))(scores)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 

@@ -104,7 +104,7 @@ def stages(plan: Plan, data: Dataset) -> tuple[Stage, ...]:
     long, short = 2 * plan.epochs, max(1, plan.epochs // 2)
     steps = plan.steps(data, long)
     schedule = prune.cubic(plan.sparsity, begin=0, end=steps // 2)
-    pruned = prune.gradual(prune.scores.magnitude, schedule, scope="global")
+    pruned = prune.gradual(prune.scores.magnitude, schedule, prune.allocation.global_threshold)
     shared_later = share.train(plan.clusters, begin=int(0.7 * steps))
     quantized = quantize.train(quantize.Format(plan.bits))
     return (

@@ -1,6 +1,7 @@
-"""Remove weights and whole channels: scores, schedules, masks, and smaller models."""
+"""Remove weights and whole channels: scores, structures, schedules, masks, smaller models."""
 
-from jaxcomp.prune import scores
+from jaxcomp.prune import allocation, scores
+from jaxcomp.prune.allocation import Allocation
 from jaxcomp.prune.channels import scores as channel_scores
 from jaxcomp.prune.channels.budget import Budget
 from jaxcomp.prune.channels.groups import ScoredGroup, needs
@@ -8,21 +9,36 @@ from jaxcomp.prune.channels.iterative import Iterated, channels_iteratively
 from jaxcomp.prune.channels.removal import channels
 from jaxcomp.prune.channels.shrink import shrink
 from jaxcomp.prune.channels.smaller_model import SmallerModel
-from jaxcomp.prune.gradual import gradual, masks
-from jaxcomp.prune.schedules import cubic
+from jaxcomp.prune.masks import apply_masks, masks
+from jaxcomp.prune.schedules import constant, cubic, one_shot, staircase
+from jaxcomp.prune.scores import RunningScore
+from jaxcomp.prune.structures import NM, Block, Channel, Element, Kernel
+from jaxcomp.prune.training.gradual import gradual
 
 __all__ = [
+    "NM",
+    "Allocation",
+    "Block",
     "Budget",
+    "Channel",
+    "Element",
     "Iterated",
+    "Kernel",
+    "RunningScore",
     "ScoredGroup",
     "SmallerModel",
+    "allocation",
+    "apply_masks",
     "channel_scores",
     "channels",
     "channels_iteratively",
+    "constant",
     "cubic",
     "gradual",
     "masks",
     "needs",
+    "one_shot",
     "scores",
     "shrink",
+    "staircase",
 ]

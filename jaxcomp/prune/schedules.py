@@ -67,3 +67,80 @@ def cubic(final_sparsity: float, begin: int, end: int, initial_sparsity: float =
         return jnp.where(jnp.asarray(step) < begin, 0.0, ramp).astype(jnp.float32)
 
     return schedule
+
+
+def constant(sparsity: float) -> Schedule:
+    """The same sparsity at every step, from the first on.
+
+    Args:
+        sparsity: fraction removed, in [0, 1).
+
+    Returns:
+        A function of the step to the sparsity, float32.
+
+    Raises:
+        ValueError: a sparsity outside [0, 1).
+
+    Example:
+        >>> float(constant(0.5)(0))
+        0.5
+    """
+    return one_shot(sparsity, 0)
+
+
+def one_shot(sparsity: float, step: int) -> Schedule:
+    """Nothing before a step, everything at it.
+
+    Args:
+        sparsity: fraction removed from ``step`` on, in [0, 1).
+        step: when.
+
+    Returns:
+        A function of the step to the sparsity, float32.
+
+    Raises:
+        ValueError: a sparsity outside [0, 1), or a negative step.
+
+    Example:
+        >>> [float(one_shot(0.5, step=2)(step)) for step in range(4)]
+        [0.0, 0.0, 0.5, 0.5]
+    """
+    return cubic(sparsity, begin=step, end=step)
+
+
+def staircase(sparsity: float, rounds: int, every: int, begin: int = 0) -> Schedule:
+    """In rounds, each of which removes the same fraction of what is left (Frankle & Carbin, 2019).
+
+    After round ``k`` of ``rounds`` the sparsity is ``1 - (1 - sparsity) ** (k / rounds)``; the
+    first round ends at step ``begin + every``.
+
+    Args:
+        sparsity: fraction removed after the last round, in [0, 1).
+        rounds: how many.
+        every: steps a round.
+        begin: step at which the first round begins.
+
+    Returns:
+        A function of the step to the sparsity, float32.
+
+    Raises:
+        ValueError: a sparsity outside [0, 1), no rounds, no steps a round, or a negative ``begin``.
+
+    Example:
+        >>> [round(float(staircase(0.75, rounds=2, every=3)(step)), 2) for step in range(8)]
+        [0.0, 0.0, 0.0, 0.5, 0.5, 0.5, 0.75, 0.75]
+    """
+    check_sparsity("sparsity", sparsity)
+    if rounds < 1 or every < 1 or begin < 0:
+        raise ValueError(
+            f"rounds and every must be at least 1 and begin at least 0, not rounds={rounds}, "
+            f"every={every}, begin={begin}"
+        )
+
+    def schedule(step: Any) -> Any:
+        done = jnp.clip((jnp.asarray(step) - begin) // every, 0, rounds)
+        kept = jnp.power(jnp.float32(1 - sparsity), done.astype(jnp.float32) / rounds)
+        # The last step of the stairs is what was asked for, not a power that rounds to its side.
+        return jnp.where(done == rounds, jnp.float32(sparsity), 1 - kept)
+
+    return schedule

@@ -40,7 +40,7 @@ def test_masks_against_a_stable_sort(data, sparsity, scope):
         "one": jnp.asarray(data[:12].reshape(3, 4)),
         "two": jnp.asarray(data[12:].reshape(6, 2)),
     }
-    masks = prune.masks(tree, sparsity, scope)
+    masks = prune.masks(tree, sparsity, allocation=methods.ALLOCATIONS[scope])
     resolved = round(sparsity * 1e7) / 1e7
     if scope == "layer":
         count = int(np.floor(resolved * 12 + 0.5))
@@ -69,16 +69,12 @@ def test_sparsity_outside_its_range(sparsity):
         cubic(sparsity, 0, 10)
 
 
-def test_bad_scores_and_scopes():
+def test_bad_scores_and_schedules():
     bad = {"layer": {"kernel": jnp.array([[1.0, jnp.nan]])}}
     with pytest.raises(ValueError, match="layer/kernel: 1 of 2 values are NaN"):
         prune.masks(bad, 0.5)
     with pytest.raises(ValueError, match="no weight to compress"):
         prune.masks({}, 0.5)
-    with pytest.raises((ValueError, TypeError), match="network"):
-        prune.masks(methods.params(), 0.5, scope="network")
-    with pytest.raises((ValueError, TypeError), match="network"):
-        gradual(scores.magnitude, cubic(0.5, 0, 1), scope="network")
     with pytest.raises(ValueError, match="every must be at least 1"):
         gradual(scores.magnitude, cubic(0.5, 0, 1), every=0)
     with pytest.raises(TypeError, match="score"):
@@ -114,7 +110,7 @@ def test_exact_count_at_every_step_and_never_regrown(scope):
     schedule = cubic(0.85, begin=2, end=9)
     removed_before = None
     for step, (params, state) in enumerate(
-        drive(gradual(scores.magnitude, schedule, scope, every=1), 12)
+        drive(gradual(scores.magnitude, schedule, methods.ALLOCATIONS[scope], every=1), 12)
     ):
         removed = {path: np.asarray(~mask) for path, mask in state.buffers.masks.items()}
         sizes = [mask.size for mask in removed.values()]

@@ -17,7 +17,7 @@ from jaxcomp.arrays import is_compressed
 from jaxcomp.compression import Compression, State
 from jaxcomp.optimizer import Trained, WrappedState
 from jaxcomp.prune.channels.mirrors import Entry, Index, Parameter, Parts, candidates, index, split
-from jaxcomp.prune.gradual import GradualBuffers
+from jaxcomp.prune.training.gradual import GradualBuffers
 from jaxcomp.sharding import automatic, explicit_axes, spec_like
 
 Kept = Mapping[str, tuple[Any, ...]]
@@ -122,10 +122,10 @@ def _node(leaf: Any, path: str, parameters: list[Parameter], context: _Context) 
         return _wrapped(leaf, path, context)
     if isinstance(leaf, GradualBuffers):
         masks = _shrink(leaf.masks, context, _join(path, "masks"))
-        # Counts follow the masks: what was removed with a channel no longer counts.
-        counts = jnp.stack([jnp.sum(~mask, dtype=jnp.uint32) for mask in masks.values()])
-        removed = counts if leaf.removed.shape == counts.shape else jnp.sum(counts, keepdims=True)
-        return GradualBuffers(leaf.step, removed.astype(leaf.removed.dtype), masks)
+        kept = _shrink(leaf.kept, context, _join(path, "kept"))
+        # What was removed with a channel no longer counts: the masks are made anew at the next
+        # chance, and what they removed stays removed.
+        return GradualBuffers(leaf.step, jnp.zeros_like(leaf.sparsity), masks, kept)
     if isinstance(leaf, Trained):
         weight = _array(leaf.weight, path, parameters, context)
         plan = context.learned.get(parameters[0].path) if parameters else None

@@ -205,21 +205,31 @@ def test_states_of_every_method(case):
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_removed_weights_are_counted_anew(scope):
+    """After the cut the masks reach the schedule's sparsity of what is left, exactly."""
     params = methods.params()
-    state = jaxcomp.wrap_optimizer(optax.sgd(0.1), methods.pruner(scope)).init(params)
+    method = methods.pruner(scope)
+    state = jaxcomp.wrap_optimizer(optax.sgd(0.1), method).init(params)
     generator = np.random.default_rng(0)
     masks = {
         p: generator.uniform(size=m.shape) < 0.5 for p, m in state.compression.buffers.masks.items()
     }
-    removed = [int(np.sum(~mask)) for mask in masks.values()]
-    removed = np.array(removed if scope == "layer" else [sum(removed)], np.uint32)
-    buffers = state.compression.buffers._replace(masks=masks, removed=jnp.asarray(removed))
+    buffers = state.compression.buffers._replace(
+        masks=masks, sparsity=jnp.float32(0.6), step=jnp.int32(9)
+    )
     state = state.replace(compression=jaxcomp.State({}, buffers))
-    small = shrink(state, params, KEPT).compression.buffers
-    assert_same(small.masks, {path: cut(mask, KEPT[path]) for path, mask in masks.items()})
-    gone = [int(np.sum(~mask)) for mask in small.masks.values()]
-    np.testing.assert_array_equal(small.removed, gone if scope == "layer" else [sum(gone)])
-    assert small.removed.dtype == jnp.uint32
+    small_params, small = shrink(params, params, KEPT), shrink(state, params, KEPT).compression
+    cut_masks = {path: cut(mask, KEPT[path]) for path, mask in masks.items()}
+    assert_same(small.buffers.masks, cut_masks)
+    after = method.update(small_params, small, None).buffers
+    sizes = [mask.size for mask in cut_masks.values()]
+    gone = [int(np.sum(~np.asarray(mask))) for mask in after.masks.values()]
+    were = [int(np.sum(~mask)) for mask in cut_masks.values()]
+    if scope == "layer":
+        assert gone == [max(was, round(0.6 * size)) for was, size in zip(were, sizes, strict=True)]
+    else:
+        assert sum(gone) == round(0.6 * sum(sizes))
+    for path, mask in cut_masks.items():
+        assert not np.any(np.asarray(after.masks[path]) & ~mask)
 
 
 def test_a_codebook_as_long_as_a_cut_axis_stays():
