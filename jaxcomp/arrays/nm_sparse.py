@@ -33,8 +33,8 @@ class NMSparseArray(CompressedArray):
     """The n kept values of every m neighbours, and their positions among the m.
 
     2:4 is what sparse tensor cores read (Mishra et al., 2021, Accelerating Sparse Deep Neural
-    Networks). Decoding compares and selects; it neither gathers nor scatters, so that on a mesh
-    every device decodes what it holds.
+    Networks). Decoding takes n comparisons a weight, cheap for the small n of hardware; it neither
+    gathers nor scatters, so that on a mesh every device decodes what it holds.
 
     Attributes:
         values: kept values, the dense shape with ``axis`` shortened by n/m.
@@ -156,7 +156,8 @@ class NMSparseArray(CompressedArray):
                 f"{self.m} in every group: make the leaf with NMSparseArray.encode"
             )
         if (patterns := count_patterns(self.n, self.m)) <= _MOST_PATTERNS:
-            symbols = Symbols(rank_patterns(positions, self.m, at), patterns)
+            narrow = np.uint8 if patterns <= 256 else np.uint16
+            symbols = Symbols(rank_patterns(positions, self.m, at).astype(narrow), patterns)
         else:
             mask = np.zeros(_group_shape(self.shape, self.m, self.axis), np.uint8)
             np.put_along_axis(mask, positions, 1, at)

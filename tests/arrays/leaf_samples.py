@@ -93,12 +93,10 @@ def block_reference(leaf):
     dense = np.zeros(np.multiply(keep.shape, sizes), values.dtype)
     batch = values.shape[: values.ndim - len(block) - 1]
     for at in np.ndindex(*batch):
-        count = 0
-        for place in np.argwhere(keep[at]):
+        for count, place in enumerate(np.argwhere(keep[at])):
             corner = zip(at + tuple(place), sizes, strict=True)
             tile = tuple(slice(i * size, (i + 1) * size) for i, size in corner)
             dense[tile] = values[at][count].reshape(dense[tile].shape)
-            count += 1
     return dense
 
 

@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from leaf_samples import FORMS, pack_reference, quantized, reference, shared, sparse, weights
+from leaf_samples import (
+    FORMS,
+    block_sparse,
+    fit_nm,
+    pack_reference,
+    quantized,
+    reference,
+    shared,
+    sparse,
+    weights,
+)
 
 from jaxcomp.arrays import CodebookArray, QuantizedArray
 from jaxcomp.arrays.bits import pack_bits, unpack_bits
@@ -53,7 +63,9 @@ def equal(a, b):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("form", ["int3-affine", "int5-groups-last", "codebook16", "sparse"])
+@pytest.mark.parametrize(
+    "form", ["int3-affine", "int5-groups-last", "codebook16", "sparse", "2:4", "blocks"]
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_decode_inside_jit(form, layout, kind):
     leaf = FORMS[form](weights((8, 64)))
@@ -66,7 +78,9 @@ def test_decode_inside_jit(form, layout, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("form", ["int8-groups-first", "int1", "codebook5", "sparse"])
+@pytest.mark.parametrize(
+    "form", ["int8-groups-first", "int1", "codebook5", "sparse", "1:all", "blocks"]
+)
 def test_decode_without_jit_and_inside_set_mesh(form, kind):
     mesh = mesh_of(kind)
     leaf = FORMS[form](weights((8, 64)))
@@ -77,7 +91,7 @@ def test_decode_without_jit_and_inside_set_mesh(form, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("form", ["int4", "codebook16", "sparse"])
+@pytest.mark.parametrize("form", ["int4", "codebook16", "sparse", "2:4", "blocks"])
 @pytest.mark.parametrize("axis", ["layers", "rows"])
 def test_stacks_under_vmap_and_scan(form, axis, kind):
     stack = FORMS[form](weights((4, 8, 16)), batch_axes=1)
@@ -99,7 +113,7 @@ def test_stacks_under_vmap_and_scan(form, axis, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("form", ["int3-affine", "codebook16", "sparse"])
+@pytest.mark.parametrize("form", ["int3-affine", "codebook16", "sparse", "2:4", "blocks"])
 @pytest.mark.parametrize("manual", [{"a", "b"}, {"a"}])
 def test_inside_shard_map(form, kind, manual):
     # Each device (or each row of devices, with "b" left to the compiler) decodes layers of its own.
@@ -113,7 +127,7 @@ def test_inside_shard_map(form, kind, manual):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("make", [quantized, shared, sparse])
+@pytest.mark.parametrize("make", [quantized, shared, sparse, fit_nm, block_sparse])
 def test_a_linen_model_on_sharded_leaves(make, kind):
     mesh = mesh_of(kind)
     kernel = make(weights((16, 32)))
@@ -126,7 +140,7 @@ def test_a_linen_model_on_sharded_leaves(make, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("make", [quantized, shared, sparse])
+@pytest.mark.parametrize("make", [quantized, shared, sparse, fit_nm, block_sparse])
 def test_gradients(make, kind):
     leaf = make(weights((8, 64)))
     there = put(leaf, mesh_of(kind), LAYOUTS["columns"])
@@ -139,7 +153,7 @@ def test_gradients(make, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("make", [quantized, shared, sparse])
+@pytest.mark.parametrize("make", [quantized, shared, sparse, fit_nm, block_sparse])
 def test_matmul_of_a_sharded_leaf(make, kind):
     leaf = make(weights((64, 32)))
     there = put(leaf, mesh_of(kind), LAYOUTS["columns"])

@@ -277,7 +277,7 @@ def test_decoding_is_fused_where_it_is_used():
 
 
 def test_decoding_runs_under_disable_jit():
-    for form in ("int4", "sparse", "2:4", "blocks"):
+    for form in ("int4", "sparse", "2:4"):
         leaf = FORMS[form](weights((4, 6)))
         with jax.disable_jit():
             equal(leaf.decode(), reference(leaf))

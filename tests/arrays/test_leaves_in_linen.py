@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from leaf_samples import FORMS, compress, quantized, shared, sparse, weights
+from leaf_samples import FORMS, block_sparse, compress, fit_nm, quantized, shared, weights
 
 from jaxcomp.arrays import decode, is_compressed, nbytes
 
@@ -97,8 +97,8 @@ MODELS = {
     "vmap": (Ensemble(), normal(4, 2, 8), 1),
     "remat": (Remat(), normal(2, 8), 0),
 }
-# Compiling is slow: every form in two models, and the three classes in turn in the others.
-PAIRS = list(zip(MODELS, itertools.cycle(["codebook16", "sparse", "int4"])))
+# Compiling is slow: every form in two models, and the classes in turn in the others.
+PAIRS = list(zip(MODELS, itertools.cycle(["codebook16", "sparse", "int4", "2:4", "blocks"])))
 PAIRS += [("attention", "sparse")]
 PAIRS += [(model, form) for form in FORMS for model in ("dense", "scan")]
 
@@ -207,7 +207,7 @@ def test_parameters_of_half_precision(dtype):
 def test_leaves_of_different_forms_in_one_tree():
     model, x, dense, _ = setup("attention", "int4")
     params = dense["params"]
-    forms = iter([quantized, shared, sparse, quantized])
+    forms = iter([quantized, shared, fit_nm, block_sparse])
     small = {
         name: {"kernel": next(forms)(layer["kernel"]), "bias": layer["bias"]}
         for name, layer in params.items()

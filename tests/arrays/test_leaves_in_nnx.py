@@ -104,8 +104,8 @@ MODELS = {
     "vmap": (Ensemble, normal(4, 2, 8), 1),
     "remat": (Remat, normal(2, 8), 0),
 }
-# Compiling is slow: every form in two models, and the three classes in turn in the others.
-PAIRS = list(zip(MODELS, itertools.cycle(["codebook16", "sparse", "int4"])))
+# Compiling is slow: every form in two models, and the classes in turn in the others.
+PAIRS = list(zip(MODELS, itertools.cycle(["codebook16", "sparse", "int4", "2:4", "blocks"])))
 PAIRS += [("attention", "sparse")]
 PAIRS += [(model, form) for form in FORMS for model in ("linear", "scan")]
 
@@ -156,7 +156,7 @@ def test_without_jit_and_with_nnx_jit(name):
     close(run(model, x), run(dense, x))
 
 
-@pytest.mark.parametrize("form", ["int3-affine", "codebook5", "sparse"])
+@pytest.mark.parametrize("form", ["int3-affine", "codebook5", "sparse", "2:4", "blocks"])
 def test_merge_and_split_keep_the_leaf(form):
     graph, _, small, _ = setup("convnet", form)
     _, again = nnx.split(nnx.merge(graph, small))

@@ -10,10 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from leaf_samples import FORMS, quantized, reference, shared, sparse, weights
 
-from jaxcomp.arrays import CodebookArray, Parts, QuantizedArray, SparseArray, Symbols
+from jaxcomp.arrays import (
+    BlockSparseArray,
+    CodebookArray,
+    NMSparseArray,
+    Parts,
+    QuantizedArray,
+    SparseArray,
+    Symbols,
+)
 from jaxcomp.arrays.parts import read_array, read_dtype, read_floats, read_int, read_symbols
 
-CLASSES = [QuantizedArray, CodebookArray, SparseArray]
+CLASSES = [QuantizedArray, CodebookArray, SparseArray, NMSparseArray, BlockSparseArray]
 
 
 def same_bits(a, b):
@@ -31,7 +39,8 @@ def test_round_trip_is_identical(form, dtype):
         parts = leaf.to_parts()
         assert json.loads(json.dumps(parts.static)) == parts.static
         for values, alphabet in parts.symbols.values():
-            assert values.shape == shape
+            if isinstance(leaf, QuantizedArray | CodebookArray | SparseArray):
+                assert values.shape == shape
             assert values.dtype == np.uint8
             assert values.max() < alphabet
         for array in parts.arrays.values():
@@ -95,16 +104,36 @@ def sparse_parts(mask, values, alphabet=2):
     return Parts({}, {"mask": Symbols(np.asarray(mask), alphabet)}, {"values": values})
 
 
+def nm_parts(patterns=(0, 5), shape=(2, 6), alphabet=6, values=(4, 6), **static):
+    """2:4 on axis -2 of a leaf of shape (8, 6)."""
+    symbols = Symbols(np.resize(np.array(patterns, np.int64), shape), alphabet)
+    return Parts(
+        {"n": 2, "m": 4, "axis": -2, **static},
+        {"patterns": symbols},
+        {"values": np.ones(values, np.float32)},
+    )
+
+
+def block_parts(mask, values, block=(2, 2), alphabet=2):
+    return Parts(
+        {"block_shape": list(block) if isinstance(block, tuple) else block},
+        {"mask": Symbols(np.asarray(mask), alphabet)},
+        {"values": np.ones(values, np.float32)},
+    )
+
+
 GOOD = [
     (QuantizedArray, quantized_parts()),
     (CodebookArray, codebook_parts(np.ones(3, np.float32), (0, 2))),
     (SparseArray, sparse_parts(np.eye(4, dtype=np.int64), np.ones(4, np.float32))),
+    (NMSparseArray, nm_parts()),
+    (BlockSparseArray, block_parts(np.eye(2, 3, dtype=np.int64), (2, 2, 2))),
 ]
 
 
 @pytest.mark.parametrize(("cls", "parts"), GOOD)
 def test_the_good_parts_are_good(cls, parts):
-    assert cls.from_parts(parts).shape in [(4, 6), (4, 4)]
+    assert cls.from_parts(parts).shape in [(4, 6), (4, 4), (8, 6)]
 
 
 @pytest.mark.parametrize(("cls", "parts"), GOOD)
@@ -206,6 +235,9 @@ def test_arrays_of_wrong_dtype(lie):
         CodebookArray.from_parts(GOOD[1][1]._replace(arrays={"codebook": wrong}))
     with pytest.raises(ValueError, match="values must be"):
         SparseArray.from_parts(GOOD[2][1]._replace(arrays={"values": wrong}))
+    for cls, parts in GOOD[3:]:
+        with pytest.raises(ValueError, match="values must be"):
+            cls.from_parts(parts._replace(arrays={"values": wrong}))
     if wrong is not None:  # None stands for a symmetric leaf
         with pytest.raises(ValueError, match="zero_point must be"):
             QuantizedArray.from_parts(quantized_parts(zero_point=wrong))
@@ -281,6 +313,75 @@ def test_sparse_values_that_do_not_fit():
     assert SparseArray.from_parts(sparse_parts(eye, np.ones((4, 1), np.float32))).shape == (4, 4)
 
 
+def test_nm_parts_that_do_not_fit():
+    for values in [(5, 6), (3, 6), (4, 5), (4, 6, 1), (2, 4, 6), (0, 6)]:
+        with pytest.raises(ValueError, match=r"do not fit 2:4 patterns"):
+            NMSparseArray.from_parts(nm_parts(values=values))
+    for values in [(), (6,)]:
+        with pytest.raises(ValueError, match="axis must be an int"):
+            NMSparseArray.from_parts(nm_parts(values=values))
+    for axis in (-1, -3, 0, 1, None, "-2", -2.0, True, 1 << 70, [-2]):
+        with pytest.raises(ValueError, match=r"axis must be an int|do not fit"):
+            NMSparseArray.from_parts(nm_parts(axis=axis))
+    for lie in (0, -1, 256, 257, 1 << 70, 2.0, "2", None, True, [2]):
+        with pytest.raises(ValueError, match="n must be an int from 1 to 255"):
+            NMSparseArray.from_parts(nm_parts(n=lie))
+    for lie in (2, 1, 0, 257, 4.0, "4", None, True):
+        with pytest.raises(ValueError, match="m must be an int from 3 to 256"):
+            NMSparseArray.from_parts(nm_parts(m=lie))
+    with pytest.raises(ValueError, match="alphabet of patterns must be an int from 10 to 10"):
+        NMSparseArray.from_parts(nm_parts(m=5))
+
+
+def test_nm_masks_that_keep_other_than_n():
+    # 16:32 has too many patterns to number: the mask itself is in the file.
+    mask = np.tile([1, 0], 32)
+    good = nm_parts(mask, (64,), 2, (32,), n=16, m=32, axis=-1)
+    leaf = NMSparseArray.from_parts(good)
+    np.testing.assert_array_equal(leaf.keep(), mask)
+    for wrong in (np.ones(64, int), np.zeros(64, int), mask * (np.arange(64) != 0)):
+        lie = nm_parts(wrong, (64,), 2, (32,), n=16, m=32, axis=-1)
+        with pytest.raises(ValueError, match="keep other than 16 of 32"):
+            NMSparseArray.from_parts(lie)
+    with pytest.raises(ValueError, match="do not fit"):
+        NMSparseArray.from_parts(nm_parts(mask, (32,), 2, (32,), n=16, m=32, axis=-1))
+
+
+BLOCK_LIES = [None, 2, "22", [], {}, [2, 2, 2], [0, 2], [-2, -2], [2.0, 2], [True, 2]]
+BLOCK_LIES += [[2, None], [[2], 2], [1 << 70, 2], [4, 1], [2, 1], "block", {"0": 2}]
+
+
+@pytest.mark.parametrize("block", BLOCK_LIES, ids=repr)
+def test_blocks_that_lie(block):
+    with pytest.raises(ValueError, match=r"block|do not fit"):
+        BlockSparseArray.from_parts(block_parts(np.eye(2, 3, dtype=int), (2, 2, 2), block))
+
+
+def test_block_values_that_do_not_fit():
+    eye = np.eye(4, 6, dtype=int)
+    for values in [(), (2,), (2, 2), (4, 2, 3), (4, 4, 2, 2, 2), (1, 4, 2, 2), (4, 6, 1, 2, 2)]:
+        with pytest.raises(ValueError, match="do not fit blocks"):
+            BlockSparseArray.from_parts(block_parts(eye, values))
+    for values in [(3, 2, 2), (0, 2, 2)]:
+        with pytest.raises(ValueError, match=r"keeps 4 blocks, \d are there"):
+            BlockSparseArray.from_parts(block_parts(eye, values))
+    # A stacked axis may not also be one that blocks tile.
+    with pytest.raises(ValueError, match="do not fit blocks"):
+        BlockSparseArray.from_parts(block_parts(eye, (4, 1, 2, 2)))
+    assert BlockSparseArray.from_parts(block_parts(eye, (4, 1, 2), (2,))).shape == (4, 12)
+
+
+def test_removed_blocks_of_impossible_size():
+    none = np.zeros((2, 2), int)
+    assert BlockSparseArray.from_parts(
+        block_parts(none, (0, 1 << 14, 1 << 14), (1 << 14, 1 << 14))
+    ).shape == (1 << 15, 1 << 15)
+    with pytest.raises(ValueError, match="too many"):
+        BlockSparseArray.from_parts(block_parts(none, (0, 1 << 15, 1 << 15), (1 << 15, 1 << 15)))
+    with pytest.raises(ValueError, match="impossible shape"):
+        BlockSparseArray.from_parts(block_parts(none, (0, 1 << 20, 1 << 20), (1 << 20, 1 << 20)))
+
+
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.binary(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
@@ -314,23 +415,45 @@ STATIC = {
     "bits": seldom(st.integers(1, 4), ANYTHING),
     "group": seldom(GROUPS, ANYTHING),
     "dtype": seldom(DTYPES, ANYTHING),
+    "n": seldom(st.just(1), ANYTHING),
+    "m": seldom(st.sampled_from([2, 4]), ANYTHING),
+    "axis": seldom(st.sampled_from([-1, -2]), ANYTHING),
+    "block_shape": seldom(st.lists(st.sampled_from([1, 2, 4]), min_size=1, max_size=2), ANYTHING),
 }
+
+
+def static(*names):
+    return st.fixed_dictionaries({name: STATIC[name] for name in names})
+
+
 PARTS = {
     QuantizedArray: st.builds(
         Parts,
-        st.fixed_dictionaries(STATIC),
+        static("bits", "group", "dtype"),
         st.fixed_dictionaries({"codes": SYMBOLS}),
         st.fixed_dictionaries({"scale": FLOATS}, optional={"zero_point": ZEROS}),
     ),
     CodebookArray: st.builds(
         Parts,
-        st.fixed_dictionaries({"dtype": STATIC["dtype"]}),
+        static("dtype"),
         st.fixed_dictionaries({"indices": SYMBOLS}),
         st.fixed_dictionaries({"codebook": FLOATS}),
     ),
     SparseArray: st.builds(
         Parts,
         st.just({}),
+        st.fixed_dictionaries({"mask": SYMBOLS}),
+        st.fixed_dictionaries({"values": FLOATS}),
+    ),
+    NMSparseArray: st.builds(
+        Parts,
+        static("n", "m", "axis"),
+        st.fixed_dictionaries({"patterns": SYMBOLS}),
+        st.fixed_dictionaries({"values": FLOATS}),
+    ),
+    BlockSparseArray: st.builds(
+        Parts,
+        static("block_shape"),
         st.fixed_dictionaries({"mask": SYMBOLS}),
         st.fixed_dictionaries({"values": FLOATS}),
     ),
@@ -368,7 +491,9 @@ def check(cls, parts):
         assert len(error) < 500
         return
     ((_, symbols),) = parts.symbols.items()
-    assert leaf.shape == symbols.values.shape
+    if cls in CLASSES[:3]:
+        assert leaf.shape == symbols.values.shape
+    assert leaf.decode().shape == leaf.shape
     again = leaf.to_parts()
     np.testing.assert_array_equal(next(iter(again.symbols.values())).values, symbols.values)
     assert again.arrays.keys() == {k for k, v in parts.arrays.items() if v is not None}
