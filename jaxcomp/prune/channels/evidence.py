@@ -12,6 +12,7 @@ from jaxcomp.model.observe import observe
 from jaxcomp.model.statistics import mean_square
 from jaxcomp.model.trace import trace
 from jaxcomp.prune.channels.groups import Need
+from jaxcomp.prune.one_shot.batches import add_up, spread
 
 
 class Evidence(NamedTuple):
@@ -76,43 +77,30 @@ def gather_evidence(
     sums = squares = activations = None
     if gradients:
         assert loss is not None
-        sums, squares = _gradients(loss, params, batches or ())
+        sums, squares = _gradients(loss, params, batches or (), progress)
     if observes:
-        taken = (_spread(batch)[: len(inputs)] for batch in batches or ())
+        taken = (spread(batch)[: len(inputs)] for batch in batches or ())
         activations = _activations(apply_fn, params, inputs, taken, progress)
     return Evidence(sums, squares, activations, key)
 
 
-def _spread(batch: Any) -> tuple[Any, ...]:
-    return batch if type(batch) is tuple else (batch,)
-
-
 def _gradients(
-    loss: Callable[..., Any], params: Any, batches: Iterable[Any]
-) -> tuple[tree_lib.Leaves, tree_lib.Leaves]:
+    loss: Callable[..., Any], params: Any, batches: Iterable[Any], progress: bool | None
+) -> tuple[tree_lib.Leaves, ...]:
     """Sums of the gradients and of their squares, over batches."""
 
-    @jax.jit
-    def step(sums: Any, squares: Any, batch: tuple[Any, ...]) -> Any:
-        gradient = jax.grad(loss, allow_int=True)(params, *batch)
-        leaves = {
-            path: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
-            for path, leaf in tree_lib.flatten(gradient, is_leaf=lambda _: False).items()
-            if leaf.dtype != jax.dtypes.float0
-        }
-        add = lambda total, new: new if total is None else total + new
-        return (
-            {path: add(sums.get(path), leaf) for path, leaf in leaves.items()},
-            {path: add(squares.get(path), jnp.abs(leaf) ** 2) for path, leaf in leaves.items()},
-        )
+    def flatten(tree: Any) -> tree_lib.Leaves:
+        leaves = tree_lib.flatten(tree, is_leaf=lambda _: False).items()
+        return tree_lib.Leaves((p, x) for p, x in leaves if jnp.issubdtype(x.dtype, jnp.inexact))
 
-    sums: dict[str, Any] = {}
-    squares: dict[str, Any] = {}
-    for batch in batches:
-        sums, squares = step(sums, squares, _spread(batch))
-    if not sums:
-        raise ValueError("batches is empty: give at least one batch of the loss's inputs")
-    return tree_lib.Leaves(sums), tree_lib.Leaves(squares)
+    def term(params: Any, number: Any, *batch: Any) -> Any:
+        gradient = flatten(jax.grad(loss, allow_int=True)(params, *batch))
+        wide = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), gradient)
+        return wide, jax.tree.map(lambda x: jnp.abs(x) ** 2, wide)
+
+    leaves = flatten(params)
+    reals = jax.tree.map(jnp.real, leaves)
+    return add_up(term, (leaves, reals), params, batches, "gradients", progress)[0]
 
 
 def _activations(
