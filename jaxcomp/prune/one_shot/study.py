@@ -1,0 +1,256 @@
+"""Evaluations of pruned parameters, kept in a file as they finish.
+
+A search is a function of the values that it has seen. What a killed one has seen is in the file, so
+that the same call reads it back, goes the same way and comes to the same result bit for bit.
+"""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcomp import tree as tree_lib
+from jaxcomp.checkpoint import CheckpointError, load, save
+from jaxcomp.prune.channels.resume import describe
+from jaxcomp.prune.scores import Score
+
+_FORMAT = 1
+
+
+class Record(NamedTuple):
+    """One finished evaluation.
+
+    Attributes:
+        removed: weights removed, one number a leaf that is looked at.
+        value: what ``evaluate`` returned; NaN where that failed.
+        seconds: what it took.
+    """
+
+    removed: tuple[int, ...]
+    value: float
+    seconds: float
+
+
+def read_records(path: str, call: Mapping[str, str]) -> dict[str, Record]:
+    """What earlier runs of a call have finished.
+
+    Args:
+        path: the file; none if it does not exist.
+        call: what tells the call from others, from :func:`identify`.
+
+    Returns:
+        Records by name.
+
+    Raises:
+        ValueError: another call wrote the file.
+        CheckpointError: the file is damaged, or holds something else.
+
+    Example:
+        >>> read_records("/nowhere/to_accuracy.jxc", {})
+        {}
+    """
+    if not os.path.exists(path):
+        return {}
+    tree = load(path)
+    if not isinstance(tree, dict) or tree.keys() != {"format", "call", "records"}:
+        raise CheckpointError(f"{path}: not a file of finished evaluations")
+    if tree["format"] != _FORMAT or not isinstance(tree["call"], dict):
+        raise CheckpointError(f"{path}: not a file that this version wrote")
+    for name in dict.fromkeys([*call, *tree["call"]]):
+        before, now = tree["call"].get(name, "absent"), call.get(name, "absent")
+        if before != now:
+            raise ValueError(
+                f"{path}: written by a call with another {name}: {before}, now {now}: pass another "
+                "directory, or remove the file to start anew"
+            )
+    try:
+        return {
+            name: Record(tuple(map(int, removed)), float(value), float(seconds))
+            for name, (removed, value, seconds) in tree["records"].items()
+        }
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: a record cannot be read: {error}") from error
+
+
+def write_records(path: str, call: Mapping[str, str], records: Mapping[str, Record]) -> None:
+    """Replace the file by one with these records, at once: it is never half written.
+
+    Args:
+        path: the file.
+        call: what tells the call from others.
+        records: by name.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    plain = {name: [list(each.removed), *each[1:]] for name, each in records.items()}
+    save(path, {"format": _FORMAT, "call": dict(call), "records": plain})
+
+
+def file_in(directory: str | os.PathLike, name: str) -> str:
+    """A file of a directory, which is made if it is not there.
+
+    Example:
+        >>> import tempfile
+        >>> os.path.basename(file_in(tempfile.mkdtemp(), "sensitivity.jxc"))
+        'sensitivity.jxc'
+    """
+    os.makedirs(directory, exist_ok=True)
+    return os.path.join(os.fspath(directory), name)
+
+
+def identify(params: Any, scores: tree_lib.Leaves, **words: Any) -> dict[str, str]:
+    """What tells one call from another: parameters, scores, and what is said of the rest.
+
+    The values of the scores stand for the score and the evidence that they were made from.
+
+    Args:
+        params: the dense parameters; leaves that are no arrays or numbers by their name.
+        scores: by path.
+        **words: other things, by what they are called.
+
+    Returns:
+        By name, one line each.
+
+    Example:
+        >>> leaves = tree_lib.Leaves(kernel=jnp.ones(2))
+        >>> list(identify(leaves, leaves, structure="Element()"))
+        ['structure', 'params/kernel', 'scores/kernel']
+    """
+    lines = {name.replace("_", " "): str(value) for name, value in words.items()}
+    for path, leaf in tree_lib.flatten(params, is_leaf=lambda _: False).items():
+        name = f"params/{path}"
+        if isinstance(leaf, (jax.Array, np.ndarray, np.generic, bool, int, float, str)):
+            (lines[name],) = describe("", leaf).values()
+        else:
+            lines[name] = getattr(leaf, "__qualname__", type(leaf).__qualname__)
+    return lines | describe("scores", scores)
+
+
+def score_leaves(
+    params: Any, score: Score, evidence: Any, paths: str | Iterable[str] | None
+) -> tree_lib.Leaves:
+    """The scores of the weights that are to be pruned.
+
+    Args:
+        params: a parameter tree, or a selection.
+        score: function of a leaf and its evidence.
+        evidence: a tree like ``params``, or a selection of anything by path; None where the score
+            needs none.
+        paths: patterns of the weights that are meant; None: all.
+
+    Returns:
+        Scores by path.
+
+    Raises:
+        TypeError: the score is no function, or gives something else than floating numbers.
+        ValueError: no weights, a pattern that matches none, no evidence for a leaf, scores of
+            another shape than the leaf's, NaN or infinite weights or scores.
+
+    Example:
+        >>> params = {"kernel": jnp.array([[-2.0, 1.0]]), "bias": jnp.ones(2)}
+        >>> score_leaves(params, lambda weight, evidence: abs(weight), None, None)
+        {'kernel': Array([[2., 1.]], dtype=float32)}
+    """
+    if not callable(score):
+        raise TypeError(
+            "score must be a function of a leaf and its evidence, such as scores.magnitude, "
+            f"not {score!r:.60}"
+        )
+    leaves = tree_lib.select(params)
+    if paths is not None:
+        patterns = (paths,) if isinstance(paths, str) else tuple(paths)
+        chosen = tree_lib.assign(patterns, leaves)
+        leaves = tree_lib.Leaves((path, leaves[path]) for path in leaves if path in chosen)
+        if not leaves:
+            raise ValueError("paths is empty: give patterns of weights, or None for all of them")
+    known = _by_path(evidence)
+    scored = tree_lib.Leaves()
+    for path, leaf in leaves.items():
+        if known is not None and path not in known:
+            raise ValueError(f"{path}: no evidence for this leaf; {tree_lib.nearest(path, known)}")
+        scored[path] = score(leaf, None if known is None else known[path])
+        if getattr(scored[path], "shape", None) != leaf.shape:
+            raise ValueError(
+                f"{path}: the score gave {getattr(scored[path], 'shape', scored[path])!s:.60}, but "
+                f"must give one number for each weight: {tuple(leaf.shape)}"
+            )
+    return tree_lib.select(scored)
+
+
+def _by_path(evidence: Any) -> Mapping[str, Any] | None:
+    if evidence is None or isinstance(evidence, tree_lib.Leaves):
+        return evidence
+    return tree_lib.flatten(evidence)
+
+
+def check_value(value: Any) -> float:
+    """What ``evaluate`` returned, as a float.
+
+    Args:
+        value: a real number or an array of one, without axes.
+
+    Returns:
+        The number.
+
+    Raises:
+        TypeError: it is something else.
+
+    Example:
+        >>> check_value(jnp.float32(0.5))
+        0.5
+    """
+    array = np.asarray(value) if isinstance(value, (int, float, np.generic, np.ndarray)) else value
+    number = isinstance(array, (np.ndarray, jax.Array)) and is_real_scalar(array)
+    if not number or isinstance(value, bool):
+        what = f"an array of shape {array.shape}" if hasattr(array, "shape") else f"{value!r:.60}"
+        raise TypeError(
+            f"evaluate must return one real number, higher is better, not {what}: for a loss, "
+            "lambda params: -loss(params)"
+        )
+    return float(array)
+
+
+def is_real_scalar(array: Any) -> bool:
+    """Whether an array, or its shape and dtype, is one integer or floating number.
+
+    Example:
+        >>> is_real_scalar(jnp.ones(())), is_real_scalar(jnp.ones(1)), is_real_scalar(np.bool_(1))
+        (True, False, False)
+    """
+    real = jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)
+    return real and array.shape == ()
+
+
+def check_evaluate(evaluate: Any) -> None:
+    """Raise unless ``evaluate`` can be called.
+
+    Example:
+        >>> check_evaluate(0.5)
+        Traceback (most recent call last):
+        ...
+        TypeError: evaluate must be a function of params that returns one number, not 0.5
+    """
+    if not callable(evaluate):
+        raise TypeError(
+            f"evaluate must be a function of params that returns one number, not {evaluate!r:.60}"
+        )
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of words in columns, the first to the left and the others to the right.
+
+    Example:
+        >>> print(table([("path", "drop"), ("a", "0.1")]))
+        path  drop
+        a      0.1
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        right = [word.rjust(width) for word, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *right]).rstrip())
+    return "\n".join(lines)
