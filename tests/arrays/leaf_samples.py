@@ -10,8 +10,10 @@ from jaxcomp.arrays import (
     BlockSparseArray,
     CodebookArray,
     NMSparseArray,
+    Parts,
     QuantizedArray,
     SparseArray,
+    Symbols,
 )
 from jaxcomp.arrays.codebook import index_bits
 
@@ -219,3 +221,21 @@ def compress(tree, form, batch_axes=0):
         return FORMS[form](leaf, batch_axes=batch_axes)
 
     return jax.tree.map(one, tree)
+
+
+def nm_parts(patterns=(0, 5), shape=(2, 6), alphabet=6, values=(4, 6), **static):
+    """2:4 on axis -2 of a leaf of shape (8, 6)."""
+    symbols = Symbols(np.resize(np.array(patterns, np.int64), shape), alphabet)
+    return Parts(
+        {"n": 2, "m": 4, "axis": -2, **static},
+        {"patterns": symbols},
+        {"values": np.ones(values, np.float32)},
+    )
+
+
+def block_parts(mask, values, block=(2, 2), alphabet=2):
+    return Parts(
+        {"block_shape": list(block) if isinstance(block, tuple) else block},
+        {"mask": Symbols(np.asarray(mask), alphabet)},
+        {"values": np.ones(values, np.float32)},
+    )

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from leaf_samples import FORMS, quantized, reference, shared, sparse, weights
+from leaf_samples import (
+    FORMS,
+    block_parts,
+    nm_parts,
+    quantized,
+    reference,
+    shared,
+    sparse,
+    weights,
+)
 
 from jaxcomp.arrays import (
     BlockSparseArray,
@@ -102,24 +111,6 @@ def codebook_parts(codebook, indices=(0,), shape=(4, 6), alphabet=None):
 
 def sparse_parts(mask, values, alphabet=2):
     return Parts({}, {"mask": Symbols(np.asarray(mask), alphabet)}, {"values": values})
-
-
-def nm_parts(patterns=(0, 5), shape=(2, 6), alphabet=6, values=(4, 6), **static):
-    """2:4 on axis -2 of a leaf of shape (8, 6)."""
-    symbols = Symbols(np.resize(np.array(patterns, np.int64), shape), alphabet)
-    return Parts(
-        {"n": 2, "m": 4, "axis": -2, **static},
-        {"patterns": symbols},
-        {"values": np.ones(values, np.float32)},
-    )
-
-
-def block_parts(mask, values, block=(2, 2), alphabet=2):
-    return Parts(
-        {"block_shape": list(block) if isinstance(block, tuple) else block},
-        {"mask": Symbols(np.asarray(mask), alphabet)},
-        {"values": np.ones(values, np.float32)},
-    )
 
 
 GOOD = [
@@ -311,75 +302,6 @@ def test_sparse_values_that_do_not_fit():
         with pytest.raises(ValueError, match="values"):
             SparseArray.from_parts(sparse_parts(eye, np.ones(shape, np.float32)))
     assert SparseArray.from_parts(sparse_parts(eye, np.ones((4, 1), np.float32))).shape == (4, 4)
-
-
-def test_nm_parts_that_do_not_fit():
-    for values in [(5, 6), (3, 6), (4, 5), (4, 6, 1), (2, 4, 6), (0, 6)]:
-        with pytest.raises(ValueError, match=r"do not fit 2:4 patterns"):
-            NMSparseArray.from_parts(nm_parts(values=values))
-    for values in [(), (6,)]:
-        with pytest.raises(ValueError, match="axis must be an int"):
-            NMSparseArray.from_parts(nm_parts(values=values))
-    for axis in (-1, -3, 0, 1, None, "-2", -2.0, True, 1 << 70, [-2]):
-        with pytest.raises(ValueError, match=r"axis must be an int|do not fit"):
-            NMSparseArray.from_parts(nm_parts(axis=axis))
-    for lie in (0, -1, 256, 257, 1 << 70, 2.0, "2", None, True, [2]):
-        with pytest.raises(ValueError, match="n must be an int from 1 to 255"):
-            NMSparseArray.from_parts(nm_parts(n=lie))
-    for lie in (2, 1, 0, 257, 4.0, "4", None, True):
-        with pytest.raises(ValueError, match="m must be an int from 3 to 256"):
-            NMSparseArray.from_parts(nm_parts(m=lie))
-    with pytest.raises(ValueError, match="alphabet of patterns must be an int from 10 to 10"):
-        NMSparseArray.from_parts(nm_parts(m=5))
-
-
-def test_nm_masks_that_keep_other_than_n():
-    # 16:32 has too many patterns to number: the mask itself is in the file.
-    mask = np.tile([1, 0], 32)
-    good = nm_parts(mask, (64,), 2, (32,), n=16, m=32, axis=-1)
-    leaf = NMSparseArray.from_parts(good)
-    np.testing.assert_array_equal(leaf.keep(), mask)
-    for wrong in (np.ones(64, int), np.zeros(64, int), mask * (np.arange(64) != 0)):
-        lie = nm_parts(wrong, (64,), 2, (32,), n=16, m=32, axis=-1)
-        with pytest.raises(ValueError, match="keep other than 16 of 32"):
-            NMSparseArray.from_parts(lie)
-    with pytest.raises(ValueError, match="do not fit"):
-        NMSparseArray.from_parts(nm_parts(mask, (32,), 2, (32,), n=16, m=32, axis=-1))
-
-
-BLOCK_LIES = [None, 2, "22", [], {}, [2, 2, 2], [0, 2], [-2, -2], [2.0, 2], [True, 2]]
-BLOCK_LIES += [[2, None], [[2], 2], [1 << 70, 2], [4, 1], [2, 1], "block", {"0": 2}]
-
-
-@pytest.mark.parametrize("block", BLOCK_LIES, ids=repr)
-def test_blocks_that_lie(block):
-    with pytest.raises(ValueError, match=r"block|do not fit"):
-        BlockSparseArray.from_parts(block_parts(np.eye(2, 3, dtype=int), (2, 2, 2), block))
-
-
-def test_block_values_that_do_not_fit():
-    eye = np.eye(4, 6, dtype=int)
-    for values in [(), (2,), (2, 2), (4, 2, 3), (4, 4, 2, 2, 2), (1, 4, 2, 2), (4, 6, 1, 2, 2)]:
-        with pytest.raises(ValueError, match="do not fit blocks"):
-            BlockSparseArray.from_parts(block_parts(eye, values))
-    for values in [(3, 2, 2), (0, 2, 2)]:
-        with pytest.raises(ValueError, match=r"keeps 4 blocks, \d are there"):
-            BlockSparseArray.from_parts(block_parts(eye, values))
-    # A stacked axis may not also be one that blocks tile.
-    with pytest.raises(ValueError, match="do not fit blocks"):
-        BlockSparseArray.from_parts(block_parts(eye, (4, 1, 2, 2)))
-    assert BlockSparseArray.from_parts(block_parts(eye, (4, 1, 2), (2,))).shape == (4, 12)
-
-
-def test_removed_blocks_of_impossible_size():
-    none = np.zeros((2, 2), int)
-    assert BlockSparseArray.from_parts(
-        block_parts(none, (0, 1 << 14, 1 << 14), (1 << 14, 1 << 14))
-    ).shape == (1 << 15, 1 << 15)
-    with pytest.raises(ValueError, match="too many"):
-        BlockSparseArray.from_parts(block_parts(none, (0, 1 << 15, 1 << 15), (1 << 15, 1 << 15)))
-    with pytest.raises(ValueError, match="impossible shape"):
-        BlockSparseArray.from_parts(block_parts(none, (0, 1 << 20, 1 << 20), (1 << 20, 1 << 20)))
 
 
 ANYTHING = st.recursive(
