@@ -36,12 +36,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Real
 
 Score = Callable[[Any, Any], Array]
 
-Leaf = Float[Array, " *dims"]
-Evidence = Float[Array, " *dims"] | None
+Leaf = Real[Array, " *dims"]
+Evidence = Real[Array, " *dims"] | None
 
 
 class RunningScore(NamedTuple):
