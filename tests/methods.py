@@ -39,6 +39,44 @@ CASES = [
     Case("identity", identity),
     Case("prune-layer", pruner, removes=True),
     Case("prune-global", lambda: pruner("global"), removes=True),
+    Case(
+        "prune-runs",
+        lambda: pruner(sparsity=0.5, structure=prune.NM(1, 2)),
+    ),
+    Case(
+        "prune-blocks",
+        lambda: prune.gradual(
+            prune.scores.movement(),
+            prune.staircase(0.5, rounds=2, every=2),
+            prune.allocation.lamp,
+            {"*first*": prune.Block((2, 4)), "*second*": prune.Channel(0)},
+        ),
+    ),
+    Case("keep-zeros", prune.keep_zeros),
+    Case("rigl", lambda: prune.rigl(0.6, end=5, every=2, fraction=0.5, key=jax.random.key(3))),
+    Case(
+        "set",
+        lambda: prune.sparse_evolution(
+            0.5, every=1, key=jax.random.key(3), structure={"*first*": prune.Block((2, 2))}
+        ),
+    ),
+    Case(
+        "alternating",
+        lambda: prune.alternating(0.6, begin=1, end=5, sparse_steps=1, dense_steps=1),
+    ),
+    Case("lottery-ticket", lambda: prune.lottery_ticket(0.6, rounds=2, every=2, rewind_to=1)),
+    Case(
+        "straight-through",
+        lambda: prune.straight_through(
+            prune.scores.magnitude, prune.constant(0.5), structure=prune.NM(1, 2), decay=0.01
+        ),
+    ),
+    Case(
+        "rigl-then-quantize",
+        lambda: chain(
+            prune.rigl(0.5, end=5, every=2, key=jax.random.key(3)), quantize.train(Format(4))
+        ),
+    ),
     Case("quantize-now", lambda: quantize.train(Format(4))),
     Case("quantize-later", lambda: quantize.train(Format(8, symmetric=False), begin=3)),
     Case("quantize-groups", lambda: quantize.train(Format(3, False, PerGroup(2, axis=-2)))),

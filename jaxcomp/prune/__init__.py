@@ -13,7 +13,12 @@ from jaxcomp.prune.masks import apply_masks, masks
 from jaxcomp.prune.schedules import constant, cubic, one_shot, staircase
 from jaxcomp.prune.scores import RunningScore
 from jaxcomp.prune.structures import NM, Block, Channel, Element, Kernel
+from jaxcomp.prune.training.alternating import alternating
+from jaxcomp.prune.training.dynamic import rigl, sparse_evolution
 from jaxcomp.prune.training.gradual import gradual
+from jaxcomp.prune.training.lottery import lottery_ticket
+from jaxcomp.prune.training.straight_through import straight_through
+from jaxcomp.prune.training.zeros import keep_zeros
 
 __all__ = [
     "NM",
@@ -28,6 +33,7 @@ __all__ = [
     "ScoredGroup",
     "SmallerModel",
     "allocation",
+    "alternating",
     "apply_masks",
     "channel_scores",
     "channels",
@@ -35,10 +41,15 @@ __all__ = [
     "constant",
     "cubic",
     "gradual",
+    "keep_zeros",
+    "lottery_ticket",
     "masks",
     "needs",
     "one_shot",
+    "rigl",
     "scores",
     "shrink",
+    "sparse_evolution",
     "staircase",
+    "straight_through",
 ]

@@ -39,17 +39,31 @@ def masked_method(
         return tree_lib.replace(params, zeroed)
 
     def pack(params: Params, state: State) -> Any:
-        masks = state.buffers.masks
-        zeroed = tree_lib.take(apply(params, state), masks)
-        structures = resolve(structure, masks)
-        news = {
-            path: packed(leaf, masks[path], structures[path])
-            for path, leaf in zeroed.items()
-            if not bool(jnp.all(masks[path]))
-        }
-        return tree_lib.replace(params, news)
+        return pack_masked(apply(params, state), state.buffers.masks, structure)
 
     return Compression(init, apply, update, pack, project=apply, apply_projected=keep)
+
+
+def pack_masked(zeroed: Params, masks: Masks, structure: Structures) -> Any:
+    """Pack what masks have removed something of; other leaves are handed on.
+
+    Args:
+        zeroed: the weights, zero where a mask is False.
+        masks: by path.
+        structure: as in :func:`masked_method`.
+
+    Example:
+        >>> zeroed, mask = {"w": jnp.array([[3.0, 0.0]])}, {"w": jnp.array([[True, False]])}
+        >>> pack_masked(zeroed, mask, Element())
+        {'w': SparseArray(shape=(1, 2), dtype=float32, 50.0% sparse, 5 bytes)}
+    """
+    leaves, structures = tree_lib.take(zeroed, masks), resolve(structure, masks)
+    news = {
+        path: packed(leaf, masks[path], structures[path])
+        for path, leaf in leaves.items()
+        if not bool(jnp.all(masks[path]))
+    }
+    return tree_lib.replace(zeroed, news)
 
 
 def packed(leaf: Array, mask: Bool[Array, "..."], structure: Structure) -> CompressedArray:
@@ -149,3 +163,15 @@ def check_every(every: int) -> None:
     """Raise ``ValueError`` unless ``every`` is a number of steps."""
     if every < 1:
         raise ValueError(f"every must be at least 1 step, not {every}")
+
+
+def changed(old: State, new: State) -> dict[str, Array]:
+    """The ``restart`` of methods that bring weights back: where the masks differ.
+
+    Example:
+        >>> from jaxcomp.prune.training.zeros import ZerosBuffers
+        >>> masks = [ZerosBuffers({"kernel": jnp.array(mask)}) for mask in ([True], [False])]
+        >>> changed(*(State({}, buffers) for buffers in masks))
+        {'kernel': Array([ True], dtype=bool)}
+    """
+    return {path: old.buffers.masks[path] != mask for path, mask in new.buffers.masks.items()}
