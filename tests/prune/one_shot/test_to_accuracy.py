@@ -98,7 +98,8 @@ def test_never_out_of_bounds_however_noisy(values, max_drop, budget, lowest):
     assert 1.0 - found.value <= max_drop
     assert evaluate(found.params) == found.value
     log.pop()
-    assert len(log) == len(found.history)
+    evaluated = [trial for trial in found.history if not trial.empty]
+    assert len(log) == len(evaluated)
     assert budget is None or len(log) <= budget
     assert len(set(log)) == len(log)
     # The best of all that were seen, by the test's own account of them.
@@ -106,7 +107,7 @@ def test_never_out_of_bounds_however_noisy(values, max_drop, budget, lowest):
         n for n in log if math.isfinite(v := table_evaluate_at(values, n)) and 1 - v <= max_drop
     ]
     assert zeros_of(found.params) == max(fine)
-    for trial, zeros in zip(found.history, log, strict=True):
+    for trial, zeros in zip(evaluated, log, strict=True):
         assert trial.sparsity == zeros / SIZE
         np.testing.assert_equal(trial.value, table_evaluate_at(values, zeros))
     if found.stopped_by == "max_evaluations":
