@@ -36,12 +36,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Real
 
 Score = Callable[[Any, Any], Array]
 
-Leaf = Real[Array, " *dims"]
-Evidence = Real[Array, " *dims"] | None
+Scores = Real[Array, " *dims"]
+Leaf = Scores | Real[np.ndarray, " *dims"]
+Evidence = Leaf | None
 
 
 class RunningScore(NamedTuple):
@@ -69,7 +71,7 @@ class RunningScore(NamedTuple):
     score: Callable[[Any, Any], Array]
 
 
-def magnitude(weight: Leaf, gradient: Evidence = None) -> Leaf:
+def magnitude(weight: Leaf, gradient: Evidence = None) -> Scores:
     """The absolute value ``|w|``; its mean over a unit orders units by their L1 norm.
 
     Args:
@@ -90,7 +92,7 @@ def magnitude(weight: Leaf, gradient: Evidence = None) -> Leaf:
     return jnp.abs(weight)
 
 
-def l2(weight: Leaf, gradient: Evidence = None) -> Leaf:
+def l2(weight: Leaf, gradient: Evidence = None) -> Scores:
     """The square ``w²``; its mean over a unit orders units by their Euclidean norm.
 
     For single weights the order is that of :func:`magnitude`, except that squares of float32
@@ -111,7 +113,7 @@ def l2(weight: Leaf, gradient: Evidence = None) -> Leaf:
     return _wide(weight) ** 2
 
 
-def gradient(weight: Leaf, gradient: Evidence = None) -> Leaf:
+def gradient(weight: Leaf, gradient: Evidence = None) -> Scores:
     """The absolute gradient ``|∂L/∂w|``: weights that the loss does not feel go first.
 
     Args:
@@ -131,7 +133,7 @@ def gradient(weight: Leaf, gradient: Evidence = None) -> Leaf:
     return jnp.abs(_needed(weight, gradient, "gradient", "a gradient"))
 
 
-def taylor(weight: Leaf, gradient: Evidence = None) -> Leaf:
+def taylor(weight: Leaf, gradient: Evidence = None) -> Scores:
     """The loss's change to first order if the weight goes: ``|w · ∂L/∂w|``.
 
     Args:
@@ -155,7 +157,7 @@ def taylor(weight: Leaf, gradient: Evidence = None) -> Leaf:
     return jnp.abs(_wide(weight) * _needed(weight, gradient, "taylor", "a gradient"))
 
 
-def snip(weight: Leaf, gradient: Evidence = None) -> Leaf:
+def snip(weight: Leaf, gradient: Evidence = None) -> Scores:
     """Connection sensitivity ``|∂L/∂c|`` of a gate ``c = 1`` on each weight: ``|w · ∂L/∂w|``.
 
     These are the numbers of :func:`taylor`: SNIP is where it is read, once, at initialisation,
@@ -183,7 +185,7 @@ def snip(weight: Leaf, gradient: Evidence = None) -> Leaf:
     return jnp.abs(_wide(weight) * _needed(weight, gradient, "snip", "a gradient"))
 
 
-def grasp(weight: Leaf, hessian_gradient: Evidence = None) -> Leaf:
+def grasp(weight: Leaf, hessian_gradient: Evidence = None) -> Scores:
     """Half of what the squared gradient norm loses if the weight goes: ``w · (H g)``, signed.
 
     Removing the weights of the lowest, most negative scores raises the norm of the gradient most.
@@ -212,7 +214,7 @@ def grasp(weight: Leaf, hessian_gradient: Evidence = None) -> Leaf:
     return _wide(weight) * needed
 
 
-def synaptic_flow(weight: Leaf, flow: Evidence = None) -> Leaf:
+def synaptic_flow(weight: Leaf, flow: Evidence = None) -> Scores:
     """The weight's share of all paths through the network: ``|w · ∂R/∂w|``.
 
     ``R`` is the sum of the outputs of the network with all weights replaced by their absolute
@@ -240,7 +242,7 @@ def synaptic_flow(weight: Leaf, flow: Evidence = None) -> Leaf:
     return jnp.abs(_wide(weight) * _needed(weight, flow, "synaptic_flow", "the derivative of R"))
 
 
-def wanda(weight: Leaf, input_norm: Any = None) -> Leaf:
+def wanda(weight: Leaf, input_norm: Any = None) -> Scores:
     """The weight's magnitude times the norm of what it is multiplied by: ``|w| · ‖x‖₂``.
 
     Meant to be compared among the weights of one output only, as
@@ -269,7 +271,7 @@ def wanda(weight: Leaf, input_norm: Any = None) -> Leaf:
     return jnp.abs(_wide(weight)) * _needed(weight, input_norm, "wanda", "the norms of the inputs")
 
 
-def obd(weight: Leaf, curvature: Evidence = None) -> Leaf:
+def obd(weight: Leaf, curvature: Evidence = None) -> Scores:
     """Optimal brain damage: the loss's change to second order if the weight goes, ``h w² / 2``.
 
     A negative curvature, which the paper takes to be absent, gives a negative score: to second
@@ -296,7 +298,7 @@ def obd(weight: Leaf, curvature: Evidence = None) -> Leaf:
     return 0.5 * _wide(weight) ** 2 * _needed(weight, curvature, "obd", "the Hessian's diagonal")
 
 
-def fisher(weight: Leaf, squared_gradient: Evidence = None) -> Leaf:
+def fisher(weight: Leaf, squared_gradient: Evidence = None) -> Scores:
     """The diagonal of the empirical Fisher information, as given: the mean of ``(∂L/∂w)²``.
 
     Args:
@@ -317,7 +319,7 @@ def fisher(weight: Leaf, squared_gradient: Evidence = None) -> Leaf:
     return _needed(weight, squared_gradient, "fisher", "squared gradients")
 
 
-def fisher_weighted(weight: Leaf, squared_gradient: Evidence = None) -> Leaf:
+def fisher_weighted(weight: Leaf, squared_gradient: Evidence = None) -> Scores:
     """The loss's change to second order, with the Fisher for the Hessian: ``w² · F``.
 
     Args:
@@ -372,7 +374,8 @@ def running_fisher(decay: float | None = None, *, weighted: bool = False) -> Run
         square = _needed(weight, gradient, "running_fisher", "a gradient") ** 2
         return kept + square if decay is None else decay * kept + (1 - decay) * square
 
-    return RunningScore(_zeros, accumulate, fisher_weighted if weighted else fisher)
+    score: Score = fisher_weighted if weighted else fisher
+    return RunningScore(_zeros, accumulate, score)
 
 
 def movement() -> RunningScore:
@@ -432,6 +435,7 @@ def random(key: Any) -> RunningScore:
 
 
 def _wide(x: Any) -> Any:
+    x = jnp.asarray(x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
