@@ -1,6 +1,7 @@
 """Helpers: random trees, exact comparison, and files whose checksums are right but content lies."""
 
 import json
+import math
 import os
 import struct
 import zlib
@@ -13,8 +14,10 @@ import pytest
 from hypothesis import strategies as st
 
 from jaxcomp.arrays import (
+    BlockSparseArray,
     CodebookArray,
     CompressedArray,
+    NMSparseArray,
     Parts,
     QuantizedArray,
     SparseArray,
@@ -65,6 +68,27 @@ def sparse(rng: np.random.Generator, shape=(6, 5), density=0.2) -> SparseArray:
     return SparseArray.from_parts(Parts({}, {"mask": mask}, {"values": values}))
 
 
+def nm_sparse(rng: np.random.Generator, shape=(6, 5), n=2, m=4) -> NMSparseArray:
+    """n:m along the last axis but one; ``shape`` is that of the values."""
+    groups = (*shape[:-2], shape[-2] // n, shape[-1])
+    patterns = math.comb(m, n)
+    return NMSparseArray.from_parts(
+        Parts(
+            {"n": n, "m": m, "axis": -2},
+            {"patterns": Symbols(rng.integers(0, patterns, groups), patterns)},
+            {"values": rng.normal(size=shape).astype(np.float32)},
+        )
+    )
+
+
+def block_sparse(rng: np.random.Generator, grid=(3, 5), block=(2, 3)) -> BlockSparseArray:
+    keep = (rng.random(grid) < 0.4).astype(np.uint8)
+    values = rng.normal(size=(int(keep.sum()), *block)).astype(np.float32)
+    return BlockSparseArray.from_parts(
+        Parts({"block_shape": list(block)}, {"mask": Symbols(keep, 2)}, {"values": values})
+    )
+
+
 class Recipe(NamedTuple):
     """A leaf that is not made yet: JAX is not to run while hypothesis draws."""
 
@@ -95,11 +119,18 @@ def _leaf(recipe: Recipe) -> Any:
         return codebook(rng, (*shape, 3), rng.integers(1, 1 << recipe.bits, endpoint=True).item())
     if recipe.kind == "sparse":
         return sparse(rng, (*shape, 7))
+    if recipe.kind == "nm_sparse":
+        return nm_sparse(rng, (*shape, recipe.bits * 2, 3), 2, 2 + recipe.bits)
+    if recipe.kind == "block_sparse":
+        return block_sparse(rng, (*shape, 3), (recipe.bits,) if recipe.on_device else (1,))
     array = random_bits(rng, recipe.dtype, shape)
     return jnp.asarray(array) if raw.in_jax(recipe.dtype) and recipe.on_device else array
 
 
-def recipes(kinds: tuple[str, ...] = ("array", "array", "quantized", "codebook", "sparse")):
+KINDS = ("array", "array", "quantized", "codebook", "sparse", "nm_sparse", "block_sparse")
+
+
+def recipes(kinds: tuple[str, ...] = KINDS):
     return st.builds(
         Recipe,
         st.sampled_from(kinds),
@@ -229,6 +260,7 @@ def sample(tmp_path) -> bytes:
     tree = {
         "q": quantized(rng, (8, 9)),
         "c": [codebook(rng, (5, 4), 3), (sparse(rng, (6, 6)), None)],
+        "n": [nm_sparse(rng, (4, 3)), block_sparse(rng, (2, 3), (1, 2))],
         "b": jnp.arange(3, dtype=jnp.bfloat16),
         "flags": np.array([True, False]),
         "big": np.arange(12, dtype=np.int16),

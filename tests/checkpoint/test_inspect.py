@@ -7,9 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
-from jxc_forge import Recipe, codebook, grow, quantized, recipes, sparse
+from jxc_forge import (
+    Recipe,
+    block_sparse,
+    codebook,
+    grow,
+    nm_sparse,
+    quantized,
+    recipes,
+    sparse,
+)
 
-from jaxcomp.arrays import CompressedArray, SparseArray
+from jaxcomp.arrays import BlockSparseArray, CompressedArray, SparseArray
 from jaxcomp.checkpoint import CheckpointError, inspect, raw, save
 
 RNG = np.random.default_rng(0)
@@ -83,6 +92,7 @@ def test_sparsity_of_every_dtype(tmp_path, dtype):
 
 def test_forms(tmp_path):
     tree = {"c": codebook(RNG), "q": quantized(RNG, (4, 8), group=4), "s": sparse(RNG)}
+    tree |= {"n": nm_sparse(RNG), "b": block_sparse(RNG)}
     save(tmp_path / "a", tree)
     forms = [leaf.form for leaf in inspect(tmp_path / "a").leaves]
     assert forms == [leaf.form() for leaf in tree.values()]
@@ -101,6 +111,10 @@ def test_limits_and_errors_are_those_of_load(tmp_path):
     with pytest.raises(CheckpointError, match=r"dense array would take 400 bytes.*200"):
         inspect(file, max_bytes=200)
     assert inspect(file, max_bytes=400).leaves[0].parameters == 100
+    # Removed blocks take no bytes of the file, but as many as any of the dense array.
+    save(tmp_path / "b", BlockSparseArray.encode(jnp.zeros((64, 64)), (32, 32)))
+    with pytest.raises(CheckpointError, match=r"dense array would take 16384 bytes.*2000"):
+        inspect(tmp_path / "b", max_bytes=2000)
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=str(file)):
         inspect(file)

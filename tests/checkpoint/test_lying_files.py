@@ -125,6 +125,24 @@ LIES = [
     (["sparse", {}, {"values": "raw"}, {}], "entry of an array"),
     (["sparse", {}, {"values": RAW, "x": ["raw", "int8", [0]]}, {"mask": ["constant", 2, [2], 0]}],
      "not make a sparse"),
+    (["nm_sparse", {}, {"values": RAW}, {"patterns": ["constant", 6, [1], 0]}], "not make a nm_sp"),
+    (["nm_sparse", {"n": 1, "m": 2, "axis": -1}, {"values": RAW},
+      {"patterns": ["constant", 2, [2], 0]}], "do not fit 1:2 patterns"),
+    (["nm_sparse", {"n": 1, "m": 2, "axis": -1}, {"values": RAW},
+      {"patterns": ["constant", 2, [10**12], 0]}], "max_bytes"),
+    (["nm_sparse", {"n": 1, "m": 2, "axis": 0}, {"values": RAW},
+      {"patterns": ["constant", 2, [1], 0]}], "axis must be"),
+    (["nm_sparse", {"n": 1, "m": 10**9, "axis": -1}, {"values": RAW},
+      {"patterns": ["constant", 2, [1], 0]}], "m must be"),
+    (["nm_sparse", {"n": 1, "m": 4, "axis": -1}, {"values": RAW},
+      {"patterns": ["constant", 2, [1], 0]}], "alphabet of patterns"),
+    (["block_sparse", {}, {"values": RAW}, {"mask": ["constant", 2, [1], 0]}], "not make a block"),
+    (["block_sparse", {"block_shape": [2]}, {"values": RAW}, {"mask": ["constant", 2, [1], 0]}],
+     "do not fit blocks"),
+    (["block_sparse", {"block_shape": [10**9]}, {"values": ["raw", "float32", [0, 10**9]]},
+      {"mask": ["constant", 2, [10**6], 0]}], "parts take|too many"),
+    (["block_sparse", {"block_shape": [1]}, {"values": ["raw", "float32", [1, 1]]},
+      {"mask": ["constant", 2, [10**12], 0]}], "max_bytes"),
 ]  # fmt: skip
 
 
@@ -282,10 +300,15 @@ def test_claims_beyond_the_limit_take_no_memory(tmp_path):
             ["sparse", {}, {"values": RAW}, {"mask": ["constant", 2, [0, 10**12], 0]}],
             [ONE],
         ),
+        "blocks": (
+            ["block_sparse", {"block_shape": [2**30]}, {"values": ["raw", "float32", [0, 2**30]]},
+             {"mask": ["constant", 2, [2**20], 0]}],
+            [],
+        ),
         "coded": (q(symbols={"codes": ["ans", 16, [2**40], 2]}), [ONE, b"!C"]),
         "deflated": (q(symbols={"codes": ["deflate", 16, [2**40], 2]}), [ONE, b"!C"]),
         "packed": (q(symbols={"codes": ["packed", 16, [2**40], 2]}), [ONE, b"!C"]),
-    }
+    }  # fmt: skip
     for name, (entry, parts) in entries.items():
         data = seal({"tree": entry}, [sealed(part) for part in parts])
         (tmp_path / f"{name}.jxc").write_bytes(data)

@@ -1,5 +1,6 @@
 """What is saved comes back: structure, names, dtypes and every bit."""
 
+import math
 import os
 import pathlib
 import subprocess
@@ -18,8 +19,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jxc_forge import (
     assert_same,
     assert_same_bits,
+    block_sparse,
     codebook,
     grow,
+    nm_sparse,
     quantized,
     random_bits,
     sparse,
@@ -27,6 +30,7 @@ from jxc_forge import (
 )
 
 import jaxcomp
+from jaxcomp.arrays import NMSparseArray
 from jaxcomp.checkpoint import inspect, load, raw, save
 
 RNG = np.random.default_rng(0)
@@ -101,6 +105,29 @@ def test_codebook_leaves(file, clusters, dtype):
 def test_sparse_leaves(file, density):
     leaf = sparse(RNG, (40, 70), density)
     assert_same(leaf, round_trip(file, {"w": leaf})["w"])
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 2), (4, 8), (8, 16), (16, 32)])
+def test_nm_sparse_leaves(file, n, m):
+    """A pattern costs no more bits than its number has, a mask where it has too many."""
+    mask = np.argsort(np.argsort(RNG.random((m * 32, 96 // m, m)))) < n
+    dense = np.where(mask, RNG.normal(size=mask.shape), 0).reshape(m * 32, 96 // m * m)
+    leaf = NMSparseArray.encode(jnp.asarray(dense, jnp.bfloat16), n, m, -1)
+    save(file, {"w": leaf})
+    assert_same({"w": leaf}, load(file))
+    assert_same_bits(leaf.decode(), load(file)["w"].decode())
+    (info,) = inspect(file).leaves
+    groups, patterns = dense.size // m, math.comb(m, n)
+    bits = math.ceil(math.log2(patterns)) if patterns > 6 else math.log2(patterns) + 0.01
+    bits = bits if patterns <= 65536 else m
+    assert info.bytes <= 2 * groups * n + groups * bits / 8 + 40
+
+
+def test_block_sparse_leaves(file):
+    for grid, block in [((40, 70), (2, 2)), ((3, 4, 5), (4, 1)), ((0, 3), (2,)), ((7,), (1,))]:
+        leaf = block_sparse(RNG, grid, block)
+        assert_same({"w": leaf}, round_trip(file, {"w": leaf}))
+        assert_same_bits(leaf.decode(), load(file)["w"].decode())
 
 
 def test_large_values_of_a_compressed_leaf_are_a_tensor(file):
@@ -279,6 +306,7 @@ def test_a_new_process_loads_it_and_imports_no_unpickler(file):
         "w": codebook(RNG, (16, 16), 16),
         "m": sparse(RNG),
         "q": quantized(RNG),
+        "n": [nm_sparse(RNG), block_sparse(RNG)],
         "b": np.ones(3),
     }
     save(file, tree)

@@ -11,7 +11,14 @@ from flax import linen as nn
 from flax import nnx, struct
 from jxc_forge import codebook, quantized
 
-from jaxcomp.arrays import CodebookArray, CompressedArray, QuantizedArray, SparseArray
+from jaxcomp.arrays import (
+    BlockSparseArray,
+    CodebookArray,
+    CompressedArray,
+    NMSparseArray,
+    QuantizedArray,
+    SparseArray,
+)
 from jaxcomp.checkpoint import container, load, save
 from jaxcomp.checkpoint.leaves import KINDS
 from jaxcomp.checkpoint.manifest import check_metadata
@@ -124,9 +131,12 @@ def test_a_compressed_leaf_whose_fields_do_not_fit(tmp_path):
         "scale": QuantizedArray(leaf.codes, jnp.ones((3, 1)), None, 4, 5, None, leaf.dtype),
         "codebook": CodebookArray(jnp.full((2, 1), 255, jnp.uint8), jnp.ones(3), 2, leaf.dtype),
         "values": SparseArray(jnp.full((2, 1), 255, jnp.uint8), jnp.ones(3), 8),
+        "patterns": NMSparseArray(jnp.ones((2, 1)), jnp.zeros((2, 1), jnp.uint8), 2, 4, -2),
+        "positions": NMSparseArray(jnp.ones((2, 9)), jnp.zeros((2, 1), jnp.uint8), 2, 4, -2),
+        "blocks": BlockSparseArray(jnp.full((2, 1), 255, jnp.uint8), jnp.ones((3, 1)), (1,), 8),
     }
     for name, value in broken.items():
-        with pytest.raises(ValueError, match=name):
+        with pytest.raises(ValueError, match=f"^{name}: "):
             save(tmp_path / "a", {name: value})
     with pytest.raises(TypeError, match="w: ShapeDtypeStruct"):
         save(tmp_path / "a", {"w": jax.eval_shape(lambda: leaf)})
