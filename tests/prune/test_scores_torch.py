@@ -80,7 +80,7 @@ def test_unstructured_masks_are_theirs(sparsity):
         np.testing.assert_array_equal(ours[name], layer.weight_mask.numpy().astype(bool))
 
 
-@pytest.mark.parametrize("sparsity", (0.0, 0.33, 0.6))
+@pytest.mark.parametrize("sparsity", [0.0, 0.33, 0.6])
 def test_global_masks_are_theirs(sparsity):
     module = network()
     chosen = {n: scores.magnitude(w) for n, w in leaves(module).items() if n in NAMES}
