@@ -41,7 +41,7 @@ def l1(params: Any, where: Where = tree_lib.is_weight) -> Float[Array, ""]:
 
     Source: Tibshirani, "Regression shrinkage and selection via the lasso", 1996, (1).
     """
-    return _total(lambda path, leaf: jnp.sum(jnp.abs(leaf)), _chosen(params, where))
+    return _total(lambda path, leaf: jnp.sum(_absolute(leaf)), _chosen(params, where))
 
 
 def l2(params: Any, where: Where = tree_lib.is_weight) -> Float[Array, ""]:
@@ -157,7 +157,7 @@ def root_mean_squares(structure: Structure, leaf: Float[Array, "..."]) -> Float[
                [0., 0.]], dtype=float32)
     """
     if isinstance(structure, Element):
-        return jnp.abs(leaf.astype(jnp.float32))
+        return _absolute(leaf.astype(jnp.float32))
     leaf = leaf.astype(jnp.float32)
     # Scaled by the largest weight, so that no square over- or underflows that matters beside it.
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(leaf), initial=0))
@@ -166,6 +166,11 @@ def root_mean_squares(structure: Structure, leaf: Float[Array, "..."]) -> Float[
     # The inner select keeps the infinite slope of the root at zero out of the gradient.
     root = jnp.where(mean > 0, jnp.sqrt(jnp.where(mean > 0, mean, 1)), mean)
     return largest * root
+
+
+def _absolute(x: Array) -> Array:
+    # The derivative of `jnp.abs` at 0 is 1, which would drive removed weights away from zero.
+    return x * jax.lax.stop_gradient(jnp.sign(x))
 
 
 def _chosen(params: Any, where: Where) -> tree_lib.Leaves:

@@ -1,10 +1,10 @@
 """What the methods that learn about weights share: a gradient of their own, and leaves' shapes."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+from flax import struct
 from jaxtyping import Array, Float
 
 from jaxcomp import tree as tree_lib
@@ -45,8 +45,7 @@ def _backward(gradient: Any, cotangent: Any) -> tuple[Any, None]:
 nudge.defvjp(_forward, _backward)
 
 
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
+@struct.dataclass
 class LeafShapes:
     """The shapes of the leaves that a state was made for, where no array in it tells them.
 
@@ -56,7 +55,7 @@ class LeafShapes:
         shapes: paths and shapes.
     """
 
-    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    shapes: tuple[tuple[str, tuple[int, ...]], ...] = struct.field(pytree_node=False)
 
     @classmethod
     def of(cls, leaves: Mapping[str, Any]) -> "LeafShapes":

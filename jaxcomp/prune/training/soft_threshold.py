@@ -16,10 +16,10 @@ def soft_threshold(decay: float, initial: float = -10.0) -> Compression:
     """Shrink every weight by a threshold that is learned for its leaf; what is below it is zero.
 
     The forward pass sees ``sign(w) * max(|w| - t, 0)`` with ``t = sigmoid(s)`` and one ``s`` a
-    leaf, which the user's optimizer trains. The loss alone lets thresholds fall; it is ``decay``
-    that raises them, from below, toward ``sigmoid(0) = 0.5``: the larger, the sparser. A
-    weight below the threshold gets no gradient and stays as it is (under the optimizer's own weight
-    decay it fades), until the threshold falls below it.
+    leaf, which the user's optimizer trains. It is ``decay`` that raises thresholds, from below,
+    toward ``sigmoid(0) = 0.5``: the larger, the sparser. A weight below the threshold gets no
+    gradient and stays as it is (under the optimizer's own weight decay it fades), until the
+    threshold falls below it.
 
     Give the optimizer's weight decay here too, as Kusupati et al. do; an optimizer that decays all
     it is shown (``optax.adamw`` without a mask) decays ``s`` once more.
