@@ -30,45 +30,40 @@ Scores of half-precision leaves are float32, because squares and products leave 
 resolution of half precision; only :func:`magnitude`, which is exact, keeps the leaf's dtype.
 """
 
-import zlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Real
+
+from jaxcomp.prune.running_scores import RunningScore, movement, random, running_fisher
+from jaxcomp.prune.widened import wide, wide_evidence
+
+__all__ = [
+    "RunningScore",
+    "Score",
+    "fisher",
+    "fisher_weighted",
+    "gradient",
+    "grasp",
+    "l2",
+    "magnitude",
+    "movement",
+    "obd",
+    "random",
+    "running_fisher",
+    "snip",
+    "synaptic_flow",
+    "taylor",
+    "wanda",
+]
 
 Score = Callable[[Any, Any], Array]
 
 Scores = Real[Array, " *dims"]
 Leaf = Scores | Real[np.ndarray, " *dims"]
 Evidence = Leaf | None
-
-
-class RunningScore(NamedTuple):
-    """A score that remembers earlier steps.
-
-    Attributes:
-        init: ``init(path, weight) -> kept``, any pytree of arrays.
-        accumulate: ``accumulate(kept, weight, gradient) -> kept``, once every train step.
-        score: ``score(weight, kept) -> scores`` of the leaf's shape, where masks are updated.
-
-    Example:
-        >>> count = RunningScore(
-        ...     init=lambda path, weight: jnp.zeros(weight.shape),
-        ...     accumulate=lambda kept, weight, gradient: kept + (gradient != 0),
-        ...     score=lambda weight, kept: kept,
-        ... )
-        >>> weight = jnp.ones(2)
-        >>> kept = count.accumulate(count.init("kernel", weight), weight, jnp.array([0.0, 0.5]))
-        >>> count.score(weight, kept)
-        Array([0., 1.], dtype=float32)
-    """
-
-    init: Callable[[str, Any], Any]
-    accumulate: Callable[[Any, Any, Any], Any]
-    score: Callable[[Any, Any], Array]
 
 
 def magnitude(weight: Leaf, gradient: Evidence = None) -> Scores:
@@ -110,7 +105,7 @@ def l2(weight: Leaf, gradient: Evidence = None) -> Scores:
         Array([4., 1.], dtype=float32)
     """
     del gradient
-    return _wide(weight) ** 2
+    return wide(weight) ** 2
 
 
 def gradient(weight: Leaf, gradient: Evidence = None) -> Scores:
@@ -130,7 +125,7 @@ def gradient(weight: Leaf, gradient: Evidence = None) -> Scores:
         >>> gradient(jnp.array([-2.0, 1.0]), jnp.array([0.5, -3.0]))
         Array([0.5, 3. ], dtype=float32)
     """
-    return jnp.abs(_needed(weight, gradient, "gradient", "a gradient"))
+    return jnp.abs(wide_evidence(weight, gradient, "gradient", "a gradient"))
 
 
 def taylor(weight: Leaf, gradient: Evidence = None) -> Scores:
@@ -154,7 +149,7 @@ def taylor(weight: Leaf, gradient: Evidence = None) -> Scores:
         Molchanov et al. 2019, *Importance Estimation for Neural Network Pruning*, equation 8,
         which squares it: the same order of single weights.
     """
-    return jnp.abs(_wide(weight) * _needed(weight, gradient, "taylor", "a gradient"))
+    return jnp.abs(wide(weight) * wide_evidence(weight, gradient, "taylor", "a gradient"))
 
 
 def snip(weight: Leaf, gradient: Evidence = None) -> Scores:
@@ -182,7 +177,7 @@ def snip(weight: Leaf, gradient: Evidence = None) -> Scores:
         Lee et al. 2019, *SNIP: Single-shot Network Pruning based on Connection Sensitivity*,
         equations 5 and 6.
     """
-    return jnp.abs(_wide(weight) * _needed(weight, gradient, "snip", "a gradient"))
+    return jnp.abs(wide(weight) * wide_evidence(weight, gradient, "snip", "a gradient"))
 
 
 def grasp(weight: Leaf, hessian_gradient: Evidence = None) -> Scores:
@@ -210,8 +205,8 @@ def grasp(weight: Leaf, hessian_gradient: Evidence = None) -> Scores:
         Wang et al. 2020, *Picking Winning Tickets Before Training by Preserving Gradient Flow*,
         equation 8 and algorithm 1.
     """
-    needed = _needed(weight, hessian_gradient, "grasp", "the Hessian times the gradient")
-    return _wide(weight) * needed
+    needed = wide_evidence(weight, hessian_gradient, "grasp", "the Hessian times the gradient")
+    return wide(weight) * needed
 
 
 def synaptic_flow(weight: Leaf, flow: Evidence = None) -> Scores:
@@ -239,7 +234,9 @@ def synaptic_flow(weight: Leaf, flow: Evidence = None) -> Scores:
         Tanaka et al. 2020, *Pruning neural networks without any data by iteratively conserving
         synaptic flow*, section 6.
     """
-    return jnp.abs(_wide(weight) * _needed(weight, flow, "synaptic_flow", "the derivative of R"))
+    return jnp.abs(
+        wide(weight) * wide_evidence(weight, flow, "synaptic_flow", "the derivative of R")
+    )
 
 
 def wanda(weight: Leaf, input_norm: Any = None) -> Scores:
@@ -268,7 +265,9 @@ def wanda(weight: Leaf, input_norm: Any = None) -> Scores:
         Sun et al. 2023, *A Simple and Effective Pruning Approach for Large Language Models*,
         equation 1.
     """
-    return jnp.abs(_wide(weight)) * _needed(weight, input_norm, "wanda", "the norms of the inputs")
+    return jnp.abs(wide(weight)) * wide_evidence(
+        weight, input_norm, "wanda", "the norms of the inputs"
+    )
 
 
 def obd(weight: Leaf, curvature: Evidence = None) -> Scores:
@@ -295,7 +294,9 @@ def obd(weight: Leaf, curvature: Evidence = None) -> Scores:
     Source:
         LeCun, Denker and Solla 1990, *Optimal Brain Damage*, section 2.2.
     """
-    return 0.5 * _wide(weight) ** 2 * _needed(weight, curvature, "obd", "the Hessian's diagonal")
+    return (
+        0.5 * wide(weight) ** 2 * wide_evidence(weight, curvature, "obd", "the Hessian's diagonal")
+    )
 
 
 def fisher(weight: Leaf, squared_gradient: Evidence = None) -> Scores:
@@ -316,7 +317,7 @@ def fisher(weight: Leaf, squared_gradient: Evidence = None) -> Scores:
         >>> fisher(jnp.array([-2.0, 1.0]), jnp.array([0.5, 3.0]))
         Array([0.5, 3. ], dtype=float32)
     """
-    return _needed(weight, squared_gradient, "fisher", "squared gradients")
+    return wide_evidence(weight, squared_gradient, "fisher", "squared gradients")
 
 
 def fisher_weighted(weight: Leaf, squared_gradient: Evidence = None) -> Scores:
@@ -341,117 +342,5 @@ def fisher_weighted(weight: Leaf, squared_gradient: Evidence = None) -> Scores:
         Theis et al. 2018, *Faster gaze prediction with dense networks and Fisher pruning*,
         section 2.1, which halves it: the same order.
     """
-    needed = _needed(weight, squared_gradient, "fisher_weighted", "squared gradients")
-    return _wide(weight) ** 2 * needed
-
-
-def running_fisher(decay: float | None = None, *, weighted: bool = False) -> RunningScore:
-    """Squared gradients of all steps so far, optionally times the squared weight of today.
-
-    Args:
-        decay: None for the plain sum; a number in [0, 1) for the moving average
-            ``F ← decay F + (1 − decay) g²``, which forgets early training.
-        weighted: whether the score is ``w² F`` instead of ``F``.
-
-    Returns:
-        A running score that keeps one float32 array a leaf.
-
-    Raises:
-        ValueError: the decay is outside of [0, 1).
-
-    Example:
-        >>> score, weight = running_fisher(weighted=True), jnp.array([-2.0, 1.0])
-        >>> kept = score.init("kernel", weight)
-        >>> kept = score.accumulate(kept, weight, jnp.array([0.5, 1.0]))
-        >>> kept = score.accumulate(kept, weight, jnp.array([0.5, 2.0]))
-        >>> score.score(weight, kept)
-        Array([2., 5.], dtype=float32)
-    """
-    if decay is not None and not 0 <= decay < 1:
-        raise ValueError(f"decay is {decay}: give a number in [0, 1), or None for the plain sum")
-
-    def accumulate(kept: Any, weight: Any, gradient: Any) -> Any:
-        square = _needed(weight, gradient, "running_fisher", "a gradient") ** 2
-        return kept + square if decay is None else decay * kept + (1 - decay) * square
-
-    score: Score = fisher_weighted if weighted else fisher
-    return RunningScore(_zeros, accumulate, score)
-
-
-def movement() -> RunningScore:
-    """Whether training moves the weight away from zero: ``−Σ w · ∂L/∂w`` over all steps so far.
-
-    A weight that each step makes larger in magnitude has a growing score and is kept, however small
-    it is; one that shrinks goes.
-
-    Returns:
-        A running score that keeps one float32 array a leaf; scores may be negative.
-
-    Example:
-        >>> score, weight = movement(), jnp.array([-2.0, 1.0])
-        >>> kept = score.accumulate(score.init("kernel", weight), weight, jnp.array([0.5, 1.0]))
-        >>> score.score(weight, kept)
-        Array([ 1., -1.], dtype=float32)
-
-    Source:
-        Sanh et al. 2020, *Movement Pruning: Adaptive Sparsity by Fine-Tuning*, section 3, the
-        accumulated score without its learning rate.
-    """
-
-    def accumulate(kept: Any, weight: Any, gradient: Any) -> Any:
-        return kept - _wide(weight) * _needed(weight, gradient, "movement", "a gradient")
-
-    return RunningScore(_zeros, accumulate, lambda weight, kept: kept)
-
-
-def random(key: Any) -> RunningScore:
-    """A uniform random number a weight: the baseline that every score has to beat.
-
-    A weight's number depends on the key and on its leaf's path alone, so it stays the same from one
-    mask update to the next, and pruning only ever adds to what is removed. Leaves are independent.
-
-    Args:
-        key: from ``jax.random.key``.
-
-    Returns:
-        A running score that keeps one integer a leaf.
-
-    Example:
-        >>> score, weight = random(jax.random.key(0)), jnp.ones(1000)
-        >>> scores = score.score(weight, score.init("kernel", weight))
-        >>> scores.shape, bool(jnp.all((scores >= 0) & (scores < 1)))
-        ((1000,), True)
-    """
-
-    def init(path: str, weight: Any) -> Any:
-        del weight
-        # Python's own hash of a string changes from one process to the next.
-        return jnp.asarray(zlib.crc32(path.encode()), jnp.uint32)
-
-    def score(weight: Any, kept: Any) -> Any:
-        return jax.random.uniform(jax.random.fold_in(key, kept), weight.shape)
-
-    return RunningScore(init, lambda kept, weight, gradient: kept, score)
-
-
-def _wide(x: Any) -> Any:
-    x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def _zeros(path: str, weight: Any) -> Any:
-    del path
-    return jnp.zeros_like(weight, dtype=jnp.promote_types(weight.dtype, jnp.float32))
-
-
-def _needed(weight: Any, evidence: Any, score: str, what: str) -> Any:
-    """The evidence, at least float32, if it is there and fits the leaf."""
-    if evidence is None:
-        raise ValueError(f"{score} reads {what} of each leaf, and got None: pass it")
-    shape = tuple(evidence.shape)
-    missing = len(weight.shape) - len(shape)
-    if missing < 0 or any(
-        size not in (1, full) for size, full in zip(shape, weight.shape[missing:], strict=True)
-    ):
-        raise ValueError(f"{score}: evidence of shape {shape} for a leaf of shape {weight.shape}")
-    return _wide(evidence)
+    needed = wide_evidence(weight, squared_gradient, "fisher_weighted", "squared gradients")
+    return wide(weight) ** 2 * needed

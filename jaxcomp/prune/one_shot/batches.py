@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxcomp import tree as tree_lib
 from jaxcomp.model.progress import watched
+from jaxcomp.prune.widened import wide_zeros
 
 
 def add_up(
@@ -60,7 +61,7 @@ def add_up(
             )
 
     totals = tuple(
-        tree_lib.Leaves((path, zeros_like(leaf)) for path, leaf in part.items()) for part in shapes
+        tree_lib.Leaves((path, wide_zeros(leaf)) for path, leaf in part.items()) for part in shapes
     )
     number, pending = -1, None
     for number, batch in enumerate(watched(checked(batches), words, progress)):
@@ -129,13 +130,3 @@ def checked(batches: Iterable[Any]) -> Iterable[Any]:
     if not isinstance(batches, Iterable):
         raise TypeError(f"batches must be an iterable of batches, not {type(batches).__name__}")
     return batches
-
-
-def zeros_like(leaf: Any) -> Any:
-    """Zeros of a leaf's shape and placement, at least float32.
-
-    Example:
-        >>> zeros_like(jnp.ones(2, jnp.bfloat16))
-        Array([0., 0.], dtype=float32)
-    """
-    return jnp.zeros_like(leaf, dtype=jnp.promote_types(leaf.dtype, jnp.float32))

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 
 from jaxcomp import tree as tree_lib
 from jaxcomp.arrays import is_compressed
-from jaxcomp.prune.one_shot.batches import add_up, checked, zeros_like
+from jaxcomp.prune.one_shot.batches import add_up, checked
 from jaxcomp.prune.one_shot.input_norms import input_norms
+from jaxcomp.prune.widened import wide, wide_zeros
 
 __all__ = [
     "gradients",
@@ -97,7 +98,7 @@ def squared_gradients(
 
     def term(params: Any, number: Any, *batch: Any) -> Any:
         found = jax.grad(_of_floats(loss, params, batch))(tree_lib.take(params, floats))
-        return (jax.tree.map(lambda g: jnp.square(_wide(g)), found),)
+        return (jax.tree.map(lambda g: jnp.square(wide(g)), found),)
 
     (total,), count = add_up(term, (floats,), params, batches, "squared gradients", progress)
     return _like(params, total, count)
@@ -160,11 +161,11 @@ def hessian_diagonal(
                 for (path, leaf), one in zip(point.items(), keys, strict=True)
             )
             product = jax.jvp(slope, (point,), (signs,))[1]
-            news = jax.tree.map(lambda v, hv: _wide(v) * _wide(hv) / samples, signs, product)
+            news = jax.tree.map(lambda v, hv: wide(v) * wide(hv) / samples, signs, product)
             return jax.tree.map(jnp.add, total, news), None
 
         keys = jax.random.split(jax.random.fold_in(key, number), samples)
-        zeros = jax.tree.map(zeros_like, point)
+        zeros = jax.tree.map(wide_zeros, point)
         return (jax.lax.scan(sample, zeros, keys)[0],)
 
     (total,), count = add_up(term, (floats,), params, batches, "Hessian diagonal", progress)
@@ -213,10 +214,6 @@ def hessian_times_gradient(
     words = "Hessian times gradient"
     (total,), count = add_up(term, (floats,), (params, direction), batches, words, progress)
     return _like(params, total, count)
-
-
-def _wide(x: Any) -> Any:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _floats(params: Any) -> tree_lib.Leaves:
