@@ -185,6 +185,7 @@ def test_a_sharded_leaf_decodes_where_it_lies(axis, kind):
     there = jax.device_put(leaf, NamedSharding(mesh_of(kind), P("a", "b")))
     compiled = jax.jit(lambda leaf: leaf.decode()).lower(there).compile()
     text = compiled.as_text()
+    assert text
     for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
         assert collective not in text
     dense = compiled(there)
