@@ -8,18 +8,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxcomp import tree as tree_lib
 from jaxcomp.kernels.threshold import removal_count_exact
-from jaxcomp.prune.allocation import Part
+from jaxcomp.prune import scores
+from jaxcomp.prune.allocation import Part, uniform
 from jaxcomp.prune.masks import masks
 from jaxcomp.prune.one_shot import sensitivity as module
+from jaxcomp.prune.one_shot.input_norms import input_norms
 from jaxcomp.prune.one_shot.sensitivity import FILE, Sensitivity, sensitivity
 from jaxcomp.prune.one_shot.sensitivity_allocation import allocation_from_sensitivity, lower_hull
 from jaxcomp.prune.one_shot.to_accuracy import to_accuracy
-from jaxcomp.prune.structures import NM, Block, Channel
+from jaxcomp.prune.structures import NM, Block, Channel, Element
 
 RNG = np.random.default_rng(0)
 SHAPES = {"first": (8, 16), "second": (16, 12), "third": (12, 4)}
@@ -234,9 +238,8 @@ def test_structures_evidence_and_selections():
         PARAMS, evaluate, (0.25, 0.5), structure=structure, score=score, evidence=evidence
     )
     np.testing.assert_array_equal(found.removed, [[32, 64], [48, 96], [12, 24]])
-    scores = jax.tree.map(lambda leaf: leaf, evidence)
     for sparsity, value in zip((0.25, 0.5), found.values[2], strict=True):
-        mask = masks(scores, sparsity, structure)["third"]["kernel"]
+        mask = masks(evidence, sparsity, structure)["third"]["kernel"]
         pruned = jnp.where(mask, PARAMS["third"]["kernel"], 0)
         whole = {**PARAMS, "third": {**PARAMS["third"], "kernel": pruned}}
         assert value == pytest.approx(float(evaluate(whole)), rel=1e-5)
@@ -406,8 +409,7 @@ def test_units_of_other_structures():
     """Measured weight by weight, used by block: the same fractions."""
     found = sensitivity(PARAMS, evaluate, ASKED)
     allocation = allocation_from_sensitivity(found)
-    scores = jax.tree.map(jnp.abs, PARAMS)
-    kept = masks(scores, 0.5, Block((4, 4)), allocation)
+    kept = masks(jax.tree.map(jnp.abs, PARAMS), 0.5, Block((4, 4)), allocation)
     removed = [int(jnp.sum(~kept[name]["kernel"])) for name in SHAPES]
     assert sum(removed) == 16 * removal_count_exact(0.5, sum(found.sizes) // 16)
     assert all(count % 16 == 0 for count in removed)
@@ -447,3 +449,60 @@ def test_hull_against_all_chords():
         for at in range(int(places[-1]) + 1):
             expected = hull_value(curve.tolist(), at)
             assert np.interp(at, hull[:, 0], hull[:, 1]) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_sharded_as_on_one_device(kind):
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(kind,))
+
+    def kept(params):
+        return sum(jnp.sum(jnp.abs(params[name]["kernel"])) for name in SHAPES)
+
+    on_one = sensitivity(PARAMS, kept, ASKED)
+    allocation = allocation_from_sensitivity(on_one)
+    params = jax.device_put(
+        PARAMS,
+        jax.tree.map(
+            lambda leaf: NamedSharding(mesh, PartitionSpec(*[None] * (leaf.ndim - 1), "x")), PARAMS
+        ),
+    )
+    found = sensitivity(params, kept, ASKED)
+    np.testing.assert_array_equal(found.removed, on_one.removed)
+    np.testing.assert_allclose(found.values, on_one.values, rtol=1e-5)
+    one, many = (
+        to_accuracy(tree, kept, 40.0, allocation=allocation, tolerance=0.02)
+        for tree in (PARAMS, params)
+    )
+    assert one.sparsity == many.sparsity > 0
+    for name in SHAPES:
+        leaf = many.params[name]["kernel"]
+        np.testing.assert_array_equal(leaf, one.params[name]["kernel"])
+        assert leaf.sharding.is_equivalent_to(params[name]["kernel"].sharding, 2)
+
+
+def test_modules_of_nnx_and_norms_of_inputs():
+    """WANDA per output on an NNX model: the published choice, written again in numpy."""
+    module_ = nnx.Sequential(
+        nnx.Linear(8, 16, rngs=nnx.Rngs(0)), nnx.Linear(16, 4, rngs=nnx.Rngs(1))
+    )
+    graph, state = nnx.split(module_)
+    apply = lambda state, x: nnx.merge(graph, state)(x)
+    target = apply(state, INPUTS)
+    loss = lambda state: -jnp.mean((apply(state, INPUTS) - target) ** 2)
+    norms = input_norms(apply, state, [INPUTS])
+    how = {"score": scores.wanda, "evidence": norms, "structure": Element(within=-1)}
+    found = sensitivity(state, loss, (0.5, 0.75), **how)
+    path = next(path for path in found.paths if norms[path].shape[0] == 8)
+    kernel = np.asarray(tree_lib.flatten(state)[path], np.float64)
+    ranked = np.abs(kernel) * np.linalg.norm(np.asarray(INPUTS, np.float64), axis=0)[:, None]
+    order = np.argsort(np.argsort(ranked, axis=0, kind="stable"), axis=0)
+    pruned = tree_lib.replace(
+        state, {path: jnp.asarray(np.where(order < 4, 0, kernel), jnp.float32)}
+    )
+    at = found.paths.index(path)
+    assert found.values[at, 0] == pytest.approx(float(loss(pruned)), rel=1e-4)
+    np.testing.assert_array_equal(found.removed[at], [64, 96])
+    best = to_accuracy(state, loss, float(found.drops.max()), **how, allocation=uniform)
+    assert 0 < best.sparsity < 1
+    assert float(loss(best.params)) == pytest.approx(best.value, rel=1e-4)
+    assert jax.tree.structure(best.params) == jax.tree.structure(state)
