@@ -2,8 +2,10 @@
 
 from jaxcomp import checkpoint, distill, model, prune, quantize, share
 from jaxcomp.arrays import (
+    BlockSparseArray,
     CodebookArray,
     CompressedArray,
+    NMSparseArray,
     QuantizedArray,
     SparseArray,
     decode,
@@ -16,10 +18,12 @@ from jaxcomp.optimizer import compressed, pack, wrap_optimizer
 __version__ = "0.1.0"
 
 __all__ = [
+    "BlockSparseArray",
     "CheckpointError",
     "CodebookArray",
     "CompressedArray",
     "Compression",
+    "NMSparseArray",
     "QuantizedArray",
     "SparseArray",
     "State",

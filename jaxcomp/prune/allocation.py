@@ -119,9 +119,9 @@ def fixed(sparsities: Mapping[str, float]) -> Allocation:
 
     Example:
         >>> from jaxcomp.prune.masks import masks
-        >>> scores = {"a": jnp.array([[1.0, 2.0]]), "b": jnp.array([[1.0, 2.0]])}
-        >>> masks(scores, allocation=fixed({"a": 0.5}))
-        {'a': Array([[False,  True]], dtype=bool), 'b': Array([[ True,  True]], dtype=bool)}
+        >>> scores = {"body": jnp.array([[1.0, 2.0]]), "head": jnp.array([[1.0, 2.0]])}
+        >>> masks(scores, allocation=fixed({"body": 0.5}))
+        {'body': Array([[False,  True]], dtype=bool), 'head': Array([[ True,  True]], dtype=bool)}
     """
     for pattern, sparsity in sparsities.items():
         if not 0 <= sparsity < 1:

@@ -72,7 +72,7 @@ def masks(
     """
     if sparsity is not None:
         check_sparsity("sparsity", sparsity)
-    leaves = tree_lib.select(scores)
+    leaves = {path: jnp.asarray(leaf) for path, leaf in tree_lib.select(scores).items()}
     structures = resolve(structure, leaves)
     _check_runs(sparsity, structures)
     kept = renew(leaves, sparsity, structures, allocation)

@@ -116,7 +116,7 @@ def is_local(structure: Structure) -> bool:
     )
 
 
-def check_structure(path: str, structure: Structure, shape: tuple[int, ...]) -> None:
+def check_structure(path: str, structure: Any, shape: tuple[int, ...]) -> None:
     """Raise unless a structure fits a leaf.
 
     Args:

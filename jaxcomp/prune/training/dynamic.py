@@ -223,7 +223,7 @@ def _exchange(
     """Drop a fraction of the units that are there, and grow as many."""
     there = pool(structure, mask) > 0
     present = jnp.sum(there, dtype=jnp.uint32)
-    drop = jnp.floor(fraction * present.astype(jnp.float32)).astype(jnp.uint32)
+    drop = jnp.round(fraction * present.astype(jnp.float32)).astype(jnp.uint32)
     size = sortable_bits(pool(structure, scores.magnitude(leaf)))
     (left,) = smallest_masks((jnp.where(there, size, _HIGHEST),), drop)
     left &= there

@@ -39,22 +39,23 @@ def masked_method(
         return tree_lib.replace(params, zeroed)
 
     def pack(params: Params, state: State) -> Any:
-        return pack_masked(apply(params, state), state.buffers.masks, structure)
+        return pack_masked(params, apply(params, state), state.buffers.masks, structure)
 
     return Compression(init, apply, update, pack, project=apply, apply_projected=keep)
 
 
-def pack_masked(zeroed: Params, masks: Masks, structure: Structures) -> Any:
+def pack_masked(params: Params, zeroed: Params, masks: Masks, structure: Structures) -> Any:
     """Pack what masks have removed something of; other leaves are handed on.
 
     Args:
-        zeroed: the weights, zero where a mask is False.
+        params: the weights.
+        zeroed: the same, zero where a mask is False.
         masks: by path.
         structure: as in :func:`masked_method`.
 
     Example:
-        >>> zeroed, mask = {"w": jnp.array([[3.0, 0.0]])}, {"w": jnp.array([[True, False]])}
-        >>> pack_masked(zeroed, mask, Element())
+        >>> params, mask = {"w": jnp.array([[3.0, 0.0]])}, {"w": jnp.array([[True, False]])}
+        >>> pack_masked(params, params, mask, Element())
         {'w': SparseArray(shape=(1, 2), dtype=float32, 50.0% sparse, 5 bytes)}
     """
     leaves, structures = tree_lib.take(zeroed, masks), resolve(structure, masks)
@@ -63,7 +64,7 @@ def pack_masked(zeroed: Params, masks: Masks, structure: Structures) -> Any:
         for path, leaf in leaves.items()
         if not bool(jnp.all(masks[path]))
     }
-    return tree_lib.replace(zeroed, news)
+    return tree_lib.replace(params, news)
 
 
 def packed(leaf: Array, mask: Bool[Array, "..."], structure: Structure) -> CompressedArray:

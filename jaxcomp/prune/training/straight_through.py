@@ -120,7 +120,7 @@ def straight_through(
         return State({}, advance(leaves, gradients, state.buffers))
 
     def pack(params: Params, state: State) -> Any:
-        return masked.pack_masked(apply(params, state), state.buffers.masks, structure)
+        return masked.pack_masked(params, apply(params, state), state.buffers.masks, structure)
 
     return Compression(init, apply, update, pack)
 

@@ -1,99 +1,16 @@
-"""Masks at exact counts, schedules, and the gradual method's promises."""
+"""The gradual method's promises: exact counts, nothing regrown, schedules of all kinds."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import jaxcomp
 from jaxcomp import prune
-from jaxcomp.prune import cubic, gradual, scores
+from jaxcomp.prune import NM, Block, cubic, gradual, scores
 from tests import methods
-
-
-def reference_mask(values, count):
-    """Remove the lowest, the first of equals first."""
-    flat = np.asarray(values, np.float64).ravel()
-    mask = np.ones(flat.size, bool)
-    mask[np.argsort(flat, kind="stable")[:count]] = False
-    return mask.reshape(np.shape(values))
-
-
-values = st.one_of(
-    st.floats(0, 10, width=32),
-    st.sampled_from([0.0, 0.0, 1.0, 1e-40, 3.4e38]),
-)
-
-
-@settings(max_examples=25)
-@given(
-    st.lists(values, min_size=24, max_size=24),
-    st.floats(0, 0.999),
-    st.sampled_from(["layer", "global"]),
-)
-def test_masks_against_a_stable_sort(data, sparsity, scope):
-    data = np.asarray(data, np.float32)
-    tree = {
-        "one": jnp.asarray(data[:12].reshape(3, 4)),
-        "two": jnp.asarray(data[12:].reshape(6, 2)),
-    }
-    masks = prune.masks(tree, sparsity, allocation=methods.ALLOCATIONS[scope])
-    resolved = round(sparsity * 1e7) / 1e7
-    if scope == "layer":
-        count = int(np.floor(resolved * 12 + 0.5))
-        for name, leaf in tree.items():
-            np.testing.assert_array_equal(masks[name], reference_mask(leaf, count))
-    else:
-        count = int(np.floor(resolved * 24 + 0.5))
-        joined = np.concatenate([np.ravel(masks["one"]), np.ravel(masks["two"])])
-        np.testing.assert_array_equal(joined, reference_mask(data, count))
-
-
-def test_masks_keep_biases_and_structure():
-    params = methods.params()
-    masks = prune.masks(jax.tree.map(scores.magnitude, params), 0.9)
-    assert jax.tree.structure(masks) == jax.tree.structure(params)
-    assert bool(jnp.all(masks["first"]["bias"]))
-    assert int(jnp.sum(~masks["first"]["kernel"])) == round(0.9 * 48)
-    assert all(leaf.dtype == bool for leaf in jax.tree.leaves(masks))
-
-
-@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 90, float("nan")])
-def test_sparsity_outside_its_range(sparsity):
-    with pytest.raises(ValueError, match=r"fraction of weights removed, in \[0, 1\)"):
-        prune.masks(methods.params(), sparsity)
-    with pytest.raises(ValueError, match="final_sparsity"):
-        cubic(sparsity, 0, 10)
-
-
-def test_bad_scores_and_schedules():
-    bad = {"layer": {"kernel": jnp.array([[1.0, jnp.nan]])}}
-    with pytest.raises(ValueError, match="layer/kernel: 1 of 2 values are NaN"):
-        prune.masks(bad, 0.5)
-    with pytest.raises(ValueError, match="no weight to compress"):
-        prune.masks({}, 0.5)
-    with pytest.raises(ValueError, match="every must be at least 1"):
-        gradual(scores.magnitude, cubic(0.5, 0, 1), every=0)
-    with pytest.raises(TypeError, match="score"):
-        gradual("magnitude", cubic(0.5, 0, 1))
-
-
-def test_cubic_is_the_published_formula():
-    schedule = cubic(0.9, begin=10, end=110, initial_sparsity=0.2)
-    for step in (0, 9, 10, 11, 60, 109, 110, 111, 10**6):
-        t = np.clip((step - 10) / 100, 0, 1)
-        expected = 0.0 if step < 10 else 0.9 + (0.2 - 0.9) * (1 - t) ** 3
-        assert float(schedule(step)) == pytest.approx(expected, abs=1e-6)
-        assert float(jax.jit(schedule)(step)) == pytest.approx(expected, abs=1e-6)
-    assert float(cubic(0.9, 5, 5)(5)) == pytest.approx(0.9)
-    for bad in ((0.9, 5, 4), (0.9, -1, 4)):
-        with pytest.raises(ValueError, match="begin"):
-            cubic(*bad)
-    with pytest.raises(ValueError, match="exchange"):
-        cubic(0.3, 0, 10, initial_sparsity=0.5)
+from tests.prune.test_masks import reference_mask
 
 
 def drive(method, steps, params=None, grads=None):
@@ -199,3 +116,55 @@ def test_pack_keeps_dense_what_lost_nothing():
     packed = done.pack(params, state)["first"]["kernel"]
     assert isinstance(packed, jaxcomp.SparseArray)
     assert packed.nbytes == 6 * 1 + 24 * 4
+
+
+@pytest.mark.parametrize(
+    ("structure", "kind"),
+    [
+        (NM(1, 2), jaxcomp.NMSparseArray),
+        (Block((2, 2)), jaxcomp.BlockSparseArray),
+        (prune.Channel(-1), jaxcomp.SparseArray),
+    ],
+    ids=str,
+)
+def test_pack_takes_the_form_of_the_structure(structure, kind):
+    params = methods.params()
+    method = gradual(scores.magnitude, cubic(0.5, 0, 0), structure=structure)
+    state = method.update(params, method.init(params), None)
+    packed = method.pack(params, state)
+    seen = method.apply(params, state)
+    for name in params:
+        assert isinstance(packed[name]["kernel"], kind)
+        np.testing.assert_array_equal(packed[name]["kernel"].decode(), seen[name]["kernel"])
+
+
+def test_a_run_on_its_way_is_packed_as_single_weights():
+    params = {"kernel": jax.random.normal(jax.random.key(0), (8, 4))}
+    method = gradual(scores.magnitude, cubic(0.25, 0, 0), structure=NM(2, 4))
+    state = method.update(params, method.init(params), None)
+    assert int(jnp.sum(state.buffers.masks["kernel"])) == 24
+    assert isinstance(method.pack(params, state)["kernel"], jaxcomp.SparseArray)
+
+
+def test_a_score_that_remembers_sees_every_step():
+    """Movement pruning by hand: the sum of -w g over all steps, not only those of mask updates."""
+    params = methods.params()
+    method = gradual(scores.movement(), prune.one_shot(0.5, step=3), every=2)
+    state, total = method.init(params), {name: 0.0 for name in params}
+    for step in range(4):
+        grads = jax.tree.map(lambda w, s=step: jnp.cos((s + 2) * w), params)
+        state = method.update(params, state, grads)
+        for name in params:
+            total[name] = total[name] - params[name]["kernel"] * grads[name]["kernel"]
+    for name in params:
+        expected = reference_mask(total[name], params[name]["kernel"].size // 2)
+        np.testing.assert_array_equal(state.buffers.masks[f"{name}/kernel"], expected)
+    with pytest.raises(ValueError, match="gradient"):
+        method.update(params, state, None)
+
+
+def test_a_score_of_another_shape_is_refused_by_path():
+    method = gradual(lambda weight, gradient: jnp.sum(weight), cubic(0.5, 0, 0))
+    params = methods.params()
+    with pytest.raises(ValueError, match=r"first/kernel: the score has shape \(\), its leaf"):
+        method.update(params, method.init(params), None)

@@ -1,0 +1,153 @@
+"""Masks of single weights: exact counts, ties, and what is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxcomp import prune
+from jaxcomp import tree as tree_lib
+from jaxcomp.prune import NM, apply_masks, cubic, gradual, scores
+from jaxcomp.prune.structures import check_structure
+from tests import methods
+
+
+def reference_mask(values, count):
+    """Remove the lowest, the first of equals first."""
+    flat = np.asarray(values, np.float64).ravel()
+    mask = np.ones(flat.size, bool)
+    mask[np.argsort(flat, kind="stable")[:count]] = False
+    return mask.reshape(np.shape(values))
+
+
+values = st.one_of(
+    st.floats(0, 10, width=32),
+    st.sampled_from([0.0, 0.0, 1.0, 1e-40, 3.4e38]),
+)
+
+
+@settings(max_examples=25)
+@given(
+    st.lists(values, min_size=24, max_size=24),
+    st.floats(0, 0.999),
+    st.sampled_from(["layer", "global"]),
+)
+def test_masks_against_a_stable_sort(data, sparsity, scope):
+    data = np.asarray(data, np.float32)
+    tree = {
+        "one": jnp.asarray(data[:12].reshape(3, 4)),
+        "two": jnp.asarray(data[12:].reshape(6, 2)),
+    }
+    resolved = round(sparsity * 1e7) / 1e7
+    count = lambda size: int(np.floor(resolved * size + 0.5))
+    if scope == "layer":
+        expected = [reference_mask(leaf, count(12)) for leaf in tree.values()]
+    else:
+        joined = reference_mask(data, count(24))
+        expected = [joined[:12].reshape(3, 4), joined[12:].reshape(6, 2)]
+    call = lambda: prune.masks(tree, sparsity, allocation=methods.ALLOCATIONS[scope])
+    if not all(mask.any() for mask in expected):
+        with pytest.raises(ValueError, match="all 12 weights would be removed"):
+            call()
+        return
+    for found, mask in zip(call().values(), expected, strict=True):
+        np.testing.assert_array_equal(found, mask)
+
+
+def test_masks_keep_biases_and_structure():
+    params = methods.params()
+    masks = prune.masks(jax.tree.map(scores.magnitude, params), 0.9)
+    assert jax.tree.structure(masks) == jax.tree.structure(params)
+    assert bool(jnp.all(masks["first"]["bias"]))
+    assert int(jnp.sum(~masks["first"]["kernel"])) == round(0.9 * 48)
+    assert all(leaf.dtype == bool for leaf in jax.tree.leaves(masks))
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 90, float("nan")])
+def test_sparsity_outside_its_range(sparsity):
+    with pytest.raises(ValueError, match=r"fraction of weights removed, in \[0, 1\)"):
+        prune.masks(methods.params(), sparsity)
+    with pytest.raises(ValueError, match="final_sparsity"):
+        cubic(sparsity, 0, 10)
+
+
+def test_bad_scores_and_schedules():
+    bad = {"layer": {"kernel": jnp.array([[1.0, jnp.nan]])}}
+    with pytest.raises(ValueError, match="layer/kernel: 1 of 2 values are NaN"):
+        prune.masks(bad, 0.5)
+    with pytest.raises(ValueError, match="no weight to compress"):
+        prune.masks({}, 0.5)
+    with pytest.raises(ValueError, match="every must be at least 1"):
+        gradual(scores.magnitude, cubic(0.5, 0, 1), every=0)
+    with pytest.raises(TypeError, match="score"):
+        gradual("magnitude", cubic(0.5, 0, 1))
+
+
+def test_a_selection_gives_masks_of_all_its_leaves():
+    chosen = tree_lib.Leaves({"norm/scale": jnp.array([3.0, 1.0])})
+    found = prune.masks(chosen, 0.5)
+    assert isinstance(found, tree_lib.Leaves)
+    np.testing.assert_array_equal(found["norm/scale"], [True, False])
+
+
+def test_masks_inside_jit_and_vmap():
+    stack = jax.random.normal(jax.random.key(0), (3, 6, 8))
+    one = lambda leaf: prune.masks({"w": leaf}, 0.4)["w"]
+    expected = np.stack([np.asarray(one(leaf)) for leaf in stack])
+    np.testing.assert_array_equal(jax.vmap(jax.jit(one))(stack), expected)
+
+
+def test_apply_masks_zeroes_what_is_not_kept_and_nothing_else():
+    params = methods.params(dtype=jnp.bfloat16)
+    masks = prune.masks(jax.tree.map(scores.magnitude, params), 0.5)
+    pruned = apply_masks(params, masks)
+    for name in params:
+        kept = np.asarray(masks[name]["kernel"])
+        np.testing.assert_array_equal(
+            np.asarray(pruned[name]["kernel"]), np.where(kept, params[name]["kernel"], 0)
+        )
+        assert pruned[name]["kernel"].dtype == jnp.bfloat16
+    part = tree_lib.Leaves({"first/kernel": masks["first"]["kernel"]})
+    assert apply_masks(params, part)["second"]["kernel"] is params["second"]["kernel"]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda m: m["first"].update(kernel=None), TypeError, "first/kernel: the mask is None"),
+        (lambda m: m["first"].update(kernel=jnp.ones((6, 8))), TypeError, "first/kernel: .*bool"),
+        (
+            lambda m: m["first"].update(kernel=jnp.ones((8, 6), bool)),
+            ValueError,
+            r"first/kernel: a mask of shape \(8, 6\) does not fit weights of \(6, 8\)",
+        ),
+        (lambda m: m.pop("second"), ValueError, "second/bias: no mask for this leaf"),
+        (
+            lambda m: m.update(secnod=m.pop("second")),
+            ValueError,
+            "secnod/bias: a mask, but params have no such leaf; nearest: second/bias",
+        ),
+    ],
+)
+def test_masks_that_do_not_belong_to_the_weights(change, error, words):
+    params = methods.params()
+    masks = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), params)
+    change(masks)
+    with pytest.raises(error, match=words):
+        apply_masks(params, masks)
+
+
+def test_a_sparsity_is_needed_and_must_fit_the_runs():
+    kernels = {"a": jnp.ones((4, 4)), "c": jnp.ones((4, 4))}
+    with pytest.raises(ValueError, match=r"a: Element.* needs a sparsity"):
+        prune.masks(kernels)
+    with pytest.raises(ValueError, match=r"c: Element.* needs a sparsity"):
+        prune.masks(kernels, structure={"a": NM(2, 4)})
+    with pytest.raises(ValueError, match=r"a: NM.* removes at most 0.5, and sparsity is 0.75"):
+        prune.masks(kernels, 0.75, NM(2, 4))
+    quarter = prune.masks(kernels, 0.25, NM(1, 4))
+    assert all(int(jnp.sum(~mask)) == 4 for mask in quarter.values())
+    with pytest.raises(TypeError, match="a: 'NM' is no structure"):
+        check_structure("a", "NM", (4, 4))
