@@ -83,12 +83,11 @@ def calibration(task: Task, seed: int) -> list[Any]:
     return [task.batch(generator, 64)[0] for _ in range(16)]
 
 
-def one_shot_methods(task: Task, params: Any, seed: int) -> dict[str, Callable[..., Any]]:
+def one_shot_methods(
+    task: Task, apply_fn: Callable[..., Any], params: Any, seed: int
+) -> dict[str, Callable[..., Any]]:
     """By name, ``(sparsity, runs) -> pruned parameters``; runs is None or N:M."""
     batches, paths = calibration(task, seed), PRUNED[task.name]
-
-    def apply_fn(tree: Any, x: Any) -> Any:
-        return task.module.apply({"params": tree}, x)
 
     def magnitude(sparsity: float | None, runs: Any) -> Any:
         scores = jax.tree.map(prune.scores.magnitude, selection(task, params))
@@ -110,10 +109,14 @@ def one_shot_methods(task: Task, params: Any, seed: int) -> dict[str, Callable[.
 def one_shot(task: Task, params: dict[int, Any], tick: Callable[[], None]) -> dict[str, Results]:
     """Qualities after pruning once, by sparsity and method."""
     evaluate = models.evaluator(task)
+
+    def apply_fn(tree: Any, x: Any) -> Any:
+        return task.module.apply({"params": tree}, x)
+
     cuts = {"50%": (0.5, None), "2:4": (None, prune.NM(2, 4))}
     results: dict[str, Results] = {name: {} for name in cuts}
     for seed, dense in params.items():
-        methods = one_shot_methods(task, dense, seed)
+        methods = one_shot_methods(task, apply_fn, dense, seed)
         for name, (sparsity, runs) in cuts.items():
             results[name].setdefault("dense", []).append(evaluate(dense))
             for method, cut in methods.items():
