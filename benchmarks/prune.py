@@ -11,10 +11,10 @@ leaves together. The sorts make the same exact masks with a stable ``jnp.argsort
 of all leaves in one array. The limit is the time to read every weight and its mask and write the
 mask once, at the copy bandwidth measured in the same run.
 
-The second table trains the network of 25 million under Adam with the method in the optimizer. A step with a
-mask update due and one without are the same compiled function, run by turns on two states. The
-update's share of training is given three ways: by the median difference of these two steps, and by
-the update alone, in wall and in processor time, each over 100 steps.
+The second table trains the network of 25 million under Adam with the method in the optimizer. A
+step with a mask update due and one without are the same compiled function, run by turns on two
+states. The update's share of training is given three ways: by the median difference of these two
+steps, and by the update alone, in wall and in processor time, each over 100 steps.
 """
 
 import argparse
