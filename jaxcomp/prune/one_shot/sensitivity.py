@@ -96,7 +96,8 @@ def sensitivity(
     Where ``evaluate`` can be traced, the candidates of a leaf are evaluated together by ``vmap``
     over that leaf alone: nothing else is copied, and what is computed before the leaf is used is
     computed once for all of them. It is compiled once a leaf for that, and its Python code runs
-    then, not at each evaluation: with ``at_once=1`` it is called each time, as it is.
+    then, not at each evaluation. With ``at_once=1`` it is called each time, as it is: quicker where
+    an evaluation takes less time than its compilation.
 
     Args:
         params: a parameter tree, or a selection.

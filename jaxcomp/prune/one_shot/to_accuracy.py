@@ -128,7 +128,8 @@ def to_accuracy(
         structure: what goes together, as in :func:`jaxcomp.prune.masks`.
         allocation: how a sparsity is spread over the leaves. One threshold over all of them, by
             default, so that layers which need their weights keep them and the sparsity that is
-            found is higher; scores that do not compare across layers need another one.
+            found is higher (:data:`~jaxcomp.prune.allocation.lamp` may find more by magnitudes);
+            scores that do not compare across layers need another one.
         paths: patterns of the weights that are pruned; None: all.
         tolerance: where to stop halving, in sparsity.
         lowest: sparsities below are not tried.
@@ -334,7 +335,8 @@ def _result(
 ) -> ToAccuracy:
     kept, removed = candidate(best.asked)
     everything = {
-        path: jnp.ones(jnp.shape(leaf), bool) for path, leaf in tree_lib.flatten(params).items()
+        path: jnp.ones(getattr(leaf, "shape", ()), bool)
+        for path, leaf in tree_lib.flatten(params).items()
     }
     return ToAccuracy(
         apply_masks(params, tree_lib.Leaves(kept)) if any(removed) else params,

@@ -304,7 +304,7 @@ def tables(draw):
     return measured(sizes, removed, drops)
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(tables())
 def test_totals_exact_monotone_and_the_same_inside_jit(found):
     parts, total = parts_of(found), sum(found.sizes)
@@ -419,12 +419,13 @@ def test_better_than_uniform_on_a_network_that_needs_it():
     """One layer takes no part in the output: all of the sparsity goes there first."""
     params = {**PARAMS, "unused": {"kernel": jnp.ones((16, 16))}}
     found = sensitivity(params, evaluate, (0.25, 0.5, 0.75, 0.9))
-    assert (found.drops[list(found.paths).index("unused/kernel")] == 0).all()
+    unused = found.drops[found.paths.index("unused/kernel")]
+    np.testing.assert_allclose(unused, 0, atol=1e-12)  # compiled, and called as it is
     allocation = allocation_from_sensitivity(found)
     kept = masks(jax.tree.map(jnp.abs, params), 230 / 624, allocation=allocation)
     assert int(jnp.sum(~kept["unused"]["kernel"])) == 230
     assert all(bool(jnp.all(kept[name]["kernel"])) for name in SHAPES)
-    most = to_accuracy(params, evaluate, 0.0, allocation=allocation, tolerance=0.002)
+    most = to_accuracy(params, evaluate, 1e-12, allocation=allocation, tolerance=0.002)
     assert 230 / 624 - 0.002 <= most.sparsity <= 231 / 624
 
 

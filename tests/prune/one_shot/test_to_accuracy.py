@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -402,3 +403,17 @@ def test_not_even_the_lowest():
     assert found.sparsity == 0
     assert found.params is PARAMS
     assert [trial.asked for trial in found.history] == [0.0, 0.5, 0.3]
+
+
+def test_a_module_with_functions_among_its_leaves(tmp_path):
+    model = eqx.nn.MLP(4, 3, 16, 1, key=jax.random.key(0))
+    inputs = jnp.linspace(-1, 1, 32).reshape(8, 4)
+    target = jax.vmap(model)(inputs)
+    evaluate = lambda model: -jnp.mean((jax.vmap(model)(inputs) - target) ** 2)
+    found = to_accuracy(model, evaluate, 0.01, directory=tmp_path)
+    again = to_accuracy(model, lambda model: 1 / 0, 0.01, directory=tmp_path)
+    for one in (found, again):
+        assert one.params.activation is model.activation
+        assert 0 < one.sparsity < 1
+        assert float(evaluate(one.params)) == one.value >= -0.01
+    assert bool(again.masks.activation)
