@@ -46,8 +46,10 @@ def cut(apply_fn: Any, params: Any, inputs: Any, seed: int = 0, renormalize: boo
         mask = np.zeros(leaf.shape, bool)
         mask[np.ix_(*kept[path])] = True
         # Written without the package's own code for this, which is what is tested.
-        masked[path] = leaf if leaf.ndim == 0 else jnp.where(mask, leaf, 0).astype(leaf.dtype)
-        small[path] = leaf if leaf.ndim == 0 else leaf[np.ix_(*kept[path])]
+        # In NumPy, since indexing with JAX compiles a program for every shape.
+        whole = np.asarray(leaf)
+        masked[path] = leaf if leaf.ndim == 0 else jnp.asarray(np.where(mask, whole, whole * 0))
+        small[path] = leaf if leaf.ndim == 0 else jnp.asarray(whole[np.ix_(*kept[path])])
     structure = jax.tree.structure(params)
     return Pair(
         groups,

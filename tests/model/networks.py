@@ -109,13 +109,14 @@ def _weights(rng: Any, made: Made) -> dict[str, Any]:
     weights = {}
     for name, shape in made.weights.items():
         if name == "var":
-            weights[name] = jnp.asarray(rng.uniform(0.5, 1.5, shape), jnp.float32)
+            weights[name] = jnp.asarray(rng.uniform(0.5, 1.5, shape).astype(np.float32))
         else:
             # The root of the mean size of the axes: near enough to a fan-in for any layout.
             scale = np.prod(shape) ** (0.5 / len(shape)) if len(shape) > 1 else 1.0
-            weights[name] = _normal(rng, shape) / scale
+            weights[name] = _normal(rng, shape, scale)
     return weights
 
 
-def _normal(rng: Any, shape: Shape) -> Any:
-    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+def _normal(rng: Any, shape: Shape, scale: float = 1.0) -> Any:
+    # In NumPy: with JAX every shape would be compiled for.
+    return jnp.asarray((rng.normal(size=shape) / scale).astype(np.float32))

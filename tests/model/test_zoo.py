@@ -54,7 +54,7 @@ def test_gradients_of_the_smaller_model_are_those_of_the_masked_one(name):
     # Some are zero but for rounding (a key's bias under a softmax): the greatest is the measure.
     scale = max(float(np.abs(whole).max()) for whole in masked)
     for whole, small, path in zip(masked, removed, pair.kept, strict=True):
-        error = np.abs(np.asarray(whole)[np.ix_(*pair.kept[path])] - small)
+        error = np.abs(np.asarray(whole)[np.ix_(*pair.kept[path])] - np.asarray(small))
         assert error.max(initial=0) < 1e-5 * scale, path
 
 

@@ -1,5 +1,6 @@
 """The zoo: small networks of every kind, each with what can be cut from it derived by hand."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -156,8 +157,9 @@ def nnx_mlp() -> Case:
 
 
 def equinox_mlp() -> Case:
-    model = eqx.nn.MLP(6, 3, 8, 2, jax.nn.softplus, key=jax.random.key(0))
-    arrays, static = eqx.partition(model, eqx.is_array)
+    make = functools.partial(eqx.nn.MLP, 6, 3, 8, 2, jax.nn.softplus)
+    model = eqx.filter_eval_shape(make, key=jax.random.key(0))
+    arrays, static = eqx.partition(model, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
 
     def apply(arrays, x):
         return jax.vmap(eqx.combine(arrays, static))(x)
