@@ -1,6 +1,7 @@
 """Observed statistics against the inputs that each layer is known to have."""
 
 import collections
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -15,10 +16,11 @@ from jax import lax
 
 from jaxcomp.model.observe import observe
 from jaxcomp.model.statistics import absmax, histogram, mean_square, minmax, second_moment
+from tests.model.cases import randomize
 
 
 def normal(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng((seed, *shape)).normal(size=shape), jnp.float32)
+    return jnp.asarray(np.random.default_rng((seed, *shape)).normal(size=shape).astype(np.float32))
 
 
 def moment(x):
@@ -186,23 +188,28 @@ class Cnn(nn.Module):
 
 def captured(model, params, *inputs):
     """What each Linen module was called with."""
-    seen = collections.defaultdict(list)
 
-    def spy(call, args, kwargs, context):
-        if context.method_name == "__call__" and args:
-            seen["/".join(context.module.path)].append(args[0])
-        return call(*args, **kwargs)
+    @jax.jit
+    def run(params, *inputs):
+        seen = collections.defaultdict(list)
 
-    with nn.intercept_methods(spy):
-        model.apply(params, *inputs)
-    return seen
+        def spy(call, args, kwargs, context):
+            if context.method_name == "__call__" and args:
+                seen["/".join(context.module.path)].append(args[0])
+            return call(*args, **kwargs)
+
+        with nn.intercept_methods(spy):
+            model.apply(params, *inputs)
+        return dict(seen)
+
+    return run(params, *inputs)
 
 
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16], ids=["float32", "bfloat16"])
 def test_linen_layers(dtype):
     model = Cnn(dtype)
     batches = [normal(2, 6, 6, 3, seed=seed) for seed in range(2)]
-    params = jax.jit(model.init)(jax.random.key(0), batches[0])
+    params = randomize(jax.eval_shape(model.init, jax.random.key(0), batches[0]))
     found = observe(model.apply, params, batches, mean_square())
     call = captured(model, params, np.concatenate(batches))
     for name, groups in [("stem", 1), ("mix", 2), ("head", 1)]:
@@ -219,7 +226,7 @@ def test_linen_layers(dtype):
 def test_attention():
     model = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=6, out_features=5)
     x = normal(2, 4, 3)
-    params = model.init(jax.random.key(1), x)
+    params = randomize(jax.eval_shape(model.init, jax.random.key(1), x))
     found = observe(model.apply, params, [x], second_moment())
     calls = captured(model, params, x)
     for name in ("query", "key", "value"):
@@ -239,15 +246,16 @@ def test_nnx_equinox_and_plain_functions_agree():
 
     class Pair(nnx.Module):
         def __init__(self):
-            self.first = nnx.Linear(4, 6, use_bias=False, rngs=nnx.Rngs(0))
-            self.second = nnx.Linear(6, 3, use_bias=False, rngs=nnx.Rngs(1))
-            self.first.kernel[...], self.second.kernel[...] = w0, w1
+            linear = functools.partial(nnx.Linear, use_bias=False, rngs=nnx.Rngs(0))
+            self.first = linear(4, 6, kernel_init=lambda *_: w0)
+            self.second = linear(6, 3, kernel_init=lambda *_: w1)
 
         def __call__(self, x):
             return self.second(jax.nn.relu(self.first(x)))
 
     graph, state = nnx.split(Pair())
-    mlp = eqx.nn.MLP(4, 3, 6, 1, use_bias=False, use_final_bias=False, key=jax.random.key(0))
+    unbiased = {"use_bias": False, "use_final_bias": False}
+    mlp = eqx.filter_eval_shape(eqx.nn.MLP, 4, 3, 6, 1, **unbiased, key=jax.random.key(0))
     leaves = lambda m: [m.layers[0].weight, m.layers[1].weight]
     arrays, static = eqx.partition(eqx.tree_at(leaves, mlp, [w0.T, w1.T]), eqx.is_array)
     runs = [
