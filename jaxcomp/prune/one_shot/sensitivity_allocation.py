@@ -99,10 +99,8 @@ def walk(curves: Sequence[np.ndarray], sizes: Sequence[int]) -> list[Step]:
             runs.append(((high - low) / (end - begin), Step(leaf, int(end - begin))))
     runs.sort(key=lambda run: run[0])
     steps: list[Step] = []
-    while runs:
-        equal = [step for slope, step in runs if slope == runs[0][0]]
-        steps += _side_by_side(equal)
-        runs = runs[len(equal) :]
+    for _, equal in itertools.groupby(runs, key=lambda run: run[0]):
+        steps += _side_by_side([step for _, step in equal])
     left = [size - int(curve[-1, 0]) for curve, size in zip(curves, sizes, strict=True)]
     steps += _side_by_side([Step(leaf, units - 1) for leaf, units in enumerate(left)])
     return steps + [Step(leaf, 1) for leaf, units in enumerate(left) if units]
