@@ -8,7 +8,8 @@ It takes the weights that the rest of the chain would reach to those nearest to 
 penalty is paid for too: the proximal operator of ``learning_rate * strength * penalty``. Behind
 plain SGD this is proximal gradient descent, which converges to a minimum of loss plus penalty;
 behind momentum or Adam it is the same step after theirs, and shrinks every weight alike, whatever
-its own step size.
+its own step size. A zero may grow again; to train on with the zeros as they are, and to ship them
+as sparse leaves, wrap the optimizer with ``prune.keep_zeros()`` from then on.
 """
 
 from collections.abc import Callable

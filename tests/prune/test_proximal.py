@@ -7,6 +7,7 @@ import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from sklearn.linear_model import Lasso
 
 import jaxcomp
@@ -192,6 +193,22 @@ def test_inside_a_wrapped_optimizer_only_the_weight_shrinks_not_what_is_learned(
     np.testing.assert_allclose(params["b"]["kernel"], 0.4, rtol=1e-6)
     for path, leaf in opt_state.compression.learned.items():
         np.testing.assert_array_equal(leaf, scores[path])
+
+
+@pytest.mark.parametrize("structure", [Channel(-1), Channel(0), Block((2, 2))], ids=str)
+def test_weights_on_explicit_mesh_axes_stay_where_they_are(structure):
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    params = {"kernel": jax.random.normal(jax.random.key(0), (6, 8))}
+    tx = optax.chain(proximal.l1(0.1, 1.0), proximal.group_lasso(0.8, 1.0, structure))
+    step = jax.jit(lambda p: (land(tx, p), penalties.group_lasso(p, structure)))
+    alone, cost = step(params)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, NamedSharding(mesh, PartitionSpec(None, "model")))
+        got, placed_cost = step(placed)
+    assert got["kernel"].sharding.is_equivalent_to(placed["kernel"].sharding, 2)
+    np.testing.assert_allclose(got["kernel"], alone["kernel"], rtol=1e-5, atol=1e-7)
+    np.testing.assert_array_equal(got["kernel"] == 0, alone["kernel"] == 0)
+    np.testing.assert_allclose(placed_cost, cost, rtol=1e-6)
 
 
 def test_bad_arguments_and_trees_are_refused():

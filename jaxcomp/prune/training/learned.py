@@ -15,7 +15,8 @@ def nudge(x: Float[Array, "..."], gradient: Float[Array, "..."]) -> Float[Array,
     """The identity, whose backward pass adds a given gradient.
 
     A penalty on what a method learns belongs into the loss, but the user's loss never sees what is
-    learned. Its exact gradient, added here, is all that training needs of it.
+    learned. Its exact gradient, added here, is all that training needs of it. It is in units of
+    the loss: where the loss is scaled, scale the gradients back before the optimizer sees them.
 
     Args:
         x: what is learned.

@@ -21,8 +21,9 @@ def soft_threshold(decay: float, initial: float = -10.0) -> Compression:
     gradient and stays as it is (under the optimizer's own weight decay it fades), until the
     threshold falls below it.
 
-    Give the optimizer's weight decay here too, as Kusupati et al. do; an optimizer that decays all
-    it is shown (``optax.adamw`` without a mask) decays ``s`` once more.
+    Kusupati et al. give the weight decay of their SGD here too; an optimizer that decays all it is
+    shown (``optax.adamw`` without a mask) decays ``s`` once more. Adam moves ``s`` by about the
+    learning rate a step, however large its gradient: start higher or train longer there.
 
     Args:
         decay: gradient of ``decay / 2 * s**2`` that is added to that of ``s``; not negative.
