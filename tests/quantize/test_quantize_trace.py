@@ -20,7 +20,7 @@ RNG = np.random.default_rng(0)
 
 
 def weights(*shape):
-    return jnp.asarray(RNG.normal(size=shape), jnp.float32)
+    return jnp.asarray(RNG.normal(size=shape).astype(np.float32))
 
 
 def scale_shape(function, weight, x, path="kernel"):
