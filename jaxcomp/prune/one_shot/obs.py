@@ -240,16 +240,17 @@ def _normalized(moment: Array, damping: Any) -> tuple[Array, Array, Array]:
 def _cholesky(matrix: Array) -> Array:
     """The lower factor of a matrix of unit diagonal, with as much added to that as it takes."""
     size = len(matrix)
-    least = jnp.asarray(size * float(jnp.finfo(jnp.float32).eps), jnp.float32)
+    least = jnp.float32(size * float(jnp.finfo(jnp.float32).eps))
 
-    def factor(added: Array) -> tuple[Array, Array]:
+    def factor(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        added = jnp.where(state[0] == 0, least, 10 * state[0])
         return added, jnp.linalg.cholesky(matrix + added * jnp.eye(size, dtype=jnp.float32))
 
     # No more than the trace is ever needed, whatever rounding did; of NaN nothing would help.
     def failed(state: tuple[Array, Array]) -> Array:
         return ~jnp.all(jnp.isfinite(state[1])) & (state[0] < 10 * size)
 
-    return lax.while_loop(failed, lambda state: factor(10 * state[0]), factor(least))[1]
+    return lax.while_loop(failed, factor, (jnp.float32(0), jnp.full_like(matrix, jnp.nan)))[1]
 
 
 def dot(a: Array, b: Array) -> Array:

@@ -101,11 +101,9 @@ def algorithm_1(weight, moment, share, structure, block, damping):
 @pytest.mark.parametrize(
     ("structure", "block", "features"),
     [
-        (Element(), 4, 12),
         (Element(), 5, 12),
         (PER_OUTPUT, 4, 12),
         (NM(2, 4), 8, 12),
-        (NM(1, 2), 128, 12),
     ],
 )
 def test_the_walk_is_that_of_the_paper(structure, block, features):
@@ -152,7 +150,7 @@ def test_exactly_what_is_asked_is_removed(seed, sparsity, structure):
         np.testing.assert_array_equal(new, f32(weight))
 
 
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 4), (1, 2)])
+@pytest.mark.parametrize(("n", "m"), [(3, 4), (1, 2)])
 def test_runs_keep_n_of_m(n, m):
     weight, _, moment = problem(n + m)
     _, mask = sparsegpt_matrix(f32(weight), f32(moment), structure=NM(n, m), block_size=6)
@@ -162,26 +160,25 @@ def test_runs_keep_n_of_m(n, m):
 
 
 def test_better_than_without_repair_and_no_better_than_the_optimum():
-    """One output, four of eight weights; means over problems, the bound in each."""
+    """Four of eight weights of each output; means over problems, the bound in each."""
     totals = dict.fromkeys(["best", "surgeon", "sparsegpt", "wanda", "magnitude"], 0.0)
-    for seed in range(12):
-        weight, x, moment = problem(seed, outputs=1)
-        best = best_masks(weight, x, moment, 4)
+    for seed in range(6):
+        weight, x, moment = problem(seed)
         norms = np.sqrt(np.diag(moment))[:, None]
+        w, h = f32(weight), f32(moment)
         results = {
-            "best": least_squares(weight, x, best),
-            "surgeon": optimal_brain_surgeon(f32(weight), f32(moment), 4).weight,
-            "sparsegpt": sparsegpt_matrix(f32(weight), f32(moment), 0.5, block_size=4).weight,
+            "best": least_squares(weight, x, best_masks(weight, x, moment, 4)),
+            "surgeon": optimal_brain_surgeon(w, h, 4, PER_OUTPUT).weight,
+            "sparsegpt": sparsegpt_matrix(w, h, 0.5, PER_OUTPUT, 3).weight,
         }
         for name, scores in (("wanda", abs(weight) * norms), ("magnitude", abs(weight))):
             results[name] = np.where(scores > np.sort(scores, 0)[3], weight, 0)
+        least = error(weight, results["best"], moment)
         for name, new in results.items():
-            assert np.sum(np.asarray(new) == 0) == 4
-            found = error(weight, new, moment) / error(weight, 0 * weight, moment)
-            assert found >= error(weight, results["best"], moment) / error(
-                weight, 0 * weight, moment
-            ) * (1 - 1e-6)
-            totals[name] += found
+            assert (np.sum(np.asarray(new) == 0, 0) == 4).all()
+            found = error(weight, new, moment)
+            assert found >= least * (1 - 1e-6)
+            totals[name] += found / error(weight, 0 * weight, moment)
     assert totals["best"] <= totals["surgeon"] < totals["sparsegpt"] < totals["wanda"]
     assert totals["surgeon"] < 1.5 * totals["best"]
     assert totals["wanda"] < totals["magnitude"]
@@ -324,22 +321,24 @@ def test_hard_hessians(kind, damping):
 
 
 def test_ties_go_in_the_order_of_the_matrix():
-    weight, moment = jnp.ones((4, 3)), jnp.eye(4)
-    expected = np.arange(12).reshape(4, 3) >= 6
-    for found in (
-        sparsegpt_matrix(weight, moment, 0.5),
-        optimal_brain_surgeon(weight, moment, 6),
-    ):
-        np.testing.assert_array_equal(found.mask, expected)
-        np.testing.assert_allclose(found.weight, expected, rtol=1e-6)
-    runs = sparsegpt_matrix(weight, moment, structure=NM(1, 2)).mask
-    np.testing.assert_array_equal(runs[:, 0], [False, True, False, True])
+    weight, moment = jnp.ones((FEATURES, OUTPUTS)), jnp.eye(FEATURES)
+    operated = optimal_brain_surgeon(weight, moment, 12)
+    np.testing.assert_array_equal(operated.mask.ravel(), np.arange(24) >= 12)
+    # Half of 9, of 18 and of 24, rounded up, are gone after each block of three features.
+    walked = sparsegpt_matrix(weight, moment, 0.5, block_size=3)
+    place = np.arange(24) % 9
+    lost = np.repeat([5, 4, 3], [9, 9, 6])
+    np.testing.assert_array_equal(walked.mask.ravel(), place >= lost)
+    for found in (operated, walked):
+        np.testing.assert_allclose(found.weight, found.mask, rtol=1e-6)
+    runs = sparsegpt_matrix(weight, moment, structure=NM(1, 2), block_size=6).mask
+    np.testing.assert_array_equal(runs[:, 0], np.arange(FEATURES) % 2 == 1)
 
 
 # Inside transformations.
 
 
-def test_traced_mapped_and_in_bfloat16():
+def test_traced_and_mapped():
     stack = [problem(seed) for seed in range(2)]
     weights = jnp.stack([f32(weight) for weight, _, _ in stack])
     moments = jnp.stack([f32(moment) for _, _, moment in stack])
@@ -351,10 +350,6 @@ def test_traced_mapped_and_in_bfloat16():
         alone = sparsegpt_matrix(weights[i], moments[i], 0.37, block_size=3)
         np.testing.assert_array_equal(mask[i], alone.mask)
         np.testing.assert_allclose(new[i], alone.weight, rtol=1e-4, atol=1e-5)
-    rounded = weights[0].astype(jnp.bfloat16)
-    half = sparsegpt_matrix(rounded, moments[0], 0.37, block_size=3)
-    wide = sparsegpt_matrix(rounded.astype(jnp.float32), moments[0], 0.37, block_size=3)
-    np.testing.assert_array_equal(half.weight, wide.weight)
 
 
 def operations(jaxpr):
