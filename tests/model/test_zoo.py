@@ -1,5 +1,7 @@
 """Every architecture of the zoo: the channels that were derived by hand, and the law of removal."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -13,10 +15,16 @@ from tests.model.zoo import ZOO
 LAW = 1e-5
 
 
+@functools.cache
+def case_and_pair(name):
+    """A network with what is cut from it, analysed once for all tests."""
+    case = ZOO[name]()
+    return case, cut(case.apply_fn, case.params, case.inputs)
+
+
 @pytest.mark.parametrize("name", ZOO)
 def test_what_can_be_cut_is_what_was_derived_by_hand_and_masked_equals_removed(name):
-    case = ZOO[name]()
-    pair = cut(case.apply_fn, case.params, case.inputs)
+    case, pair = case_and_pair(name)
     found = {
         (group.size, frozenset((part.path, part.axis) for part in group.slices))
         for group in pair.groups
@@ -39,8 +47,7 @@ def test_masked_equals_removed_in_random_networks(drawn: Drawn, seed: int):
 
 @pytest.mark.parametrize("name", ["resnet", "llama half-split", "gru", "scanned remat", "vit"])
 def test_gradients_of_the_smaller_model_are_those_of_the_masked_one(name):
-    case = ZOO[name]()
-    pair = cut(case.apply_fn, case.params, case.inputs)
+    case, pair = case_and_pair(name)
 
     def loss(function):
         def of(params):
@@ -60,8 +67,7 @@ def test_gradients_of_the_smaller_model_are_those_of_the_masked_one(name):
 
 @pytest.mark.parametrize("name", ["vgg", "vit", "llama half-split"])
 def test_other_batch_sizes(name):
-    case = ZOO[name]()
-    pair = cut(case.apply_fn, case.params, case.inputs)
+    case, pair = case_and_pair(name)
     more = jax.tree.map(lambda x: np.concatenate([x, x, x]), case.inputs)
     expected = jax.jit(case.apply_fn)(pair.masked, *more)
     assert difference(expected, jax.jit(pair.smaller)(pair.small, *more)) < LAW
