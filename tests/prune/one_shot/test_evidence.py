@@ -95,6 +95,12 @@ def test_hessian_diagonal_is_unbiased():
     assert np.mean(np.abs(error) / deviation) > 0.3
     other = evidence.hessian_diagonal(loss, params, batches, jax.random.key(4), samples)
     assert not np.allclose(vector_of(found), vector_of(other), rtol=1e-3)
+    # The same batch again has signs of its own.
+    once, twice = (
+        evidence.hessian_diagonal(loss, params, batches[:1] * times, jax.random.key(3))
+        for times in (1, 2)
+    )
+    assert not np.allclose(vector_of(once), vector_of(twice), rtol=1e-3)
 
 
 def test_hessian_diagonal_of_a_diagonal_hessian_is_exact():
