@@ -294,34 +294,35 @@ def hostile_inputs():
 
 
 HOSTILE = hostile_inputs()
+PASSES = []
+
+
+def counted(x):
+    """Keys as they are. Programs with this key count their passes, and no other test runs them."""
+    return x
+
+
+def counting_loop(condition, body, start, loop=jax.lax.while_loop):
+    number, state = loop(
+        lambda s: condition(s[1]), lambda s: (s[0] + 1, body(s[1])), (jnp.int32(0), start)
+    )
+    jax.debug.callback(lambda n: PASSES.append(int(n)), number)
+    return state
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_distributions_are_exact_in_bounded_passes(name, monkeypatch):
     keys = np.asarray(HOSTILE[name]).astype(np.uint32)
-    passes = []
-    loop = jax.lax.while_loop
-
-    def counting(condition, body, start):
-        number, state = loop(
-            lambda s: condition(s[1]), lambda s: (s[0] + 1, body(s[1])), (jnp.int32(0), start)
-        )
-        jax.debug.callback(lambda n: passes.append(int(n)), number)
-        return state
-
-    monkeypatch.setattr(threshold.lax, "while_loop", counting)
-    threshold._masks.clear_cache()
-    try:
-        for fraction in (0.0, 1e-3, 0.1, 0.5, 0.8, 0.9, 0.999, 1.0):
-            check([keys], round(fraction * keys.size))
-            jax.effects_barrier()
-    finally:
-        monkeypatch.undo()
-        threshold._masks.clear_cache()
-    assert len(passes) == 16
-    assert max(passes) <= 32
+    # Seen where a size is compiled for the first time.
+    monkeypatch.setattr(threshold.lax, "while_loop", counting_loop)
+    PASSES.clear()
+    for fraction in (0.0, 1e-3, 0.1, 0.5, 0.8, 0.9, 0.999, 1.0):
+        check([keys], round(fraction * keys.size), key=counted)
+        jax.effects_barrier()
+    assert len(PASSES) == 16
+    assert max(PASSES) <= 32
     if name in ("normal", "zeros", "constant", "int8 grid"):
-        assert max(passes) <= 14
+        assert max(PASSES) <= 14
 
 
 def test_a_million_weights():
