@@ -262,9 +262,8 @@ def main() -> None:
     parser.add_argument("--data-dir", help="MNIST's IDX files; without it scikit-learn's digits")
     parser.add_argument("--text", help="a plain text file; without it Python's standard library")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--image-steps", type=int, default=2000, help="a training of the LeNet")
-    parser.add_argument("--text-steps", type=int, default=1000, help="before one-shot pruning")
-    parser.add_argument("--sparse-text-steps", type=int, default=500, help="sparse from scratch")
+    parser.add_argument("--image-steps", type=int, default=2000, help="of the LeNet")
+    parser.add_argument("--text-steps", type=int, default=1000, help="of the language model")
     parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("sparsity_runs"))
     options = parser.parse_args()
     image = models.image_task(options.data_dir, options.image_steps)
@@ -273,9 +272,9 @@ def main() -> None:
     scratch = new_table(f"{SPARSITY:.0%} removed while training from scratch")
     claims = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        for task, steps in ((image, image.steps), (text, options.sparse_text_steps)):
+        for task in (image, text):
             claims += one_shot_sections(once, task, options, progress)
-            claims += trained_section(scratch, task._replace(steps=steps), options, progress)
+            claims += trained_section(scratch, task, options, progress)
     console = Console(width=120, highlight=False)
     console.print(once, scratch, *claims, sep="\n")
     for task in (image, text):
@@ -287,7 +286,6 @@ def main() -> None:
         )
     versions = ", ".join(f"{n} {importlib.metadata.version(n)}" for n in ("jax", "flax", "optax"))
     console.print(
-        f"The language models of the second table: {options.sparse_text_steps:,} steps. "
         f"Seeds {options.seeds}, mean ± standard deviation. {cpu_model()}, {os.cpu_count()} cores, "
         f"backend {jax.default_backend()}; Python {platform.python_version()}, {versions}."
     )
