@@ -64,7 +64,12 @@ CASES = [
         "alternating",
         lambda: prune.alternating(0.6, begin=1, end=5, sparse_steps=1, dense_steps=1),
     ),
-    Case("lottery-ticket", lambda: prune.lottery_ticket(0.6, rounds=2, every=2, rewind_to=1)),
+    Case(
+        "lottery-ticket",
+        lambda: prune.lottery_ticket(
+            0.6, rounds=2, every=2, rewind_to=1, score=prune.scores.running_fisher(0.9)
+        ),
+    ),
     Case(
         "straight-through",
         lambda: prune.straight_through(
@@ -76,6 +81,20 @@ CASES = [
         lambda: chain(
             prune.rigl(0.5, end=5, every=2, key=jax.random.key(3)), quantize.train(Format(4))
         ),
+    ),
+    Case("soft-threshold", lambda: prune.soft_threshold(decay=0.01, initial=-2.0), learns=True),
+    Case(
+        "movement",
+        lambda: prune.movement(prune.cubic(0.6, begin=1, end=4), prune.Channel(-1), every=2),
+        learns=True,
+    ),
+    Case("soft-movement", lambda: prune.soft_movement(threshold=0.47, penalty=1e-3), learns=True),
+    Case(
+        "hard-concrete",
+        lambda: prune.hard_concrete(
+            1e-3, key=jax.random.key(0), structure=prune.Block((2, 2)), end=4
+        ),
+        learns=True,
     ),
     Case("quantize-now", lambda: quantize.train(Format(4))),
     Case("quantize-later", lambda: quantize.train(Format(8, symmetric=False), begin=3)),

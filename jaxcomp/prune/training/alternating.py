@@ -13,7 +13,7 @@ from jaxcomp.prune import scores
 from jaxcomp.prune.allocation import Allocation, uniform
 from jaxcomp.prune.masks import Structures, check_ends, renew, resolve
 from jaxcomp.prune.schedules import constant
-from jaxcomp.prune.scores import Score
+from jaxcomp.prune.scores import RunningScore, Score
 from jaxcomp.prune.structures import Element
 from jaxcomp.prune.training import masked
 
@@ -63,7 +63,7 @@ def alternating(
         A method that lives in the weights.
 
     Raises:
-        TypeError: ``score`` is not a function.
+        TypeError: ``score`` is not a function, or remembers earlier steps.
         ValueError: a sparsity outside [0, 1), phases without steps, ``end`` before ``begin``.
 
     Example:
@@ -79,8 +79,9 @@ def alternating(
     Source: Peste et al., "AC/DC: alternating compressed/decompressed training of deep neural
     networks", NeurIPS 2021, algorithm 1.
     """
-    if not callable(score):
-        raise TypeError(f"score must be a function of a weight and its gradient, not {score!r}")
+    masked.check_score(score)
+    if isinstance(score, RunningScore):
+        raise TypeError("score must not remember: in a dense phase it would have nothing to rank")
     schedule = constant(sparsity)
     if not 0 <= begin <= end or min(sparse_steps, dense_steps) < 1:
         raise ValueError(

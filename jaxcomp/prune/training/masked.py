@@ -9,11 +9,22 @@ from jaxtyping import Array, Bool
 from jaxcomp import tree as tree_lib
 from jaxcomp.arrays import BlockSparseArray, CompressedArray, NMSparseArray, SparseArray
 from jaxcomp.compression import Compression, Params, State, keep
+from jaxcomp.prune import scores
 from jaxcomp.prune.masks import Structures, resolve, zero_out
 from jaxcomp.prune.scores import RunningScore, Score
 from jaxcomp.prune.structures import NM, Block, Element, Structure
 
 Masks = dict[str, Bool[Array, "..."]]
+
+# Their second argument would be taken for the gradient.
+_FROM_EVIDENCE = (
+    scores.fisher,
+    scores.fisher_weighted,
+    scores.grasp,
+    scores.obd,
+    scores.synaptic_flow,
+    scores.wanda,
+)
 
 
 def masked_method(
@@ -111,16 +122,11 @@ def begin_keeping(score: Score | RunningScore, leaves: Mapping[str, Any]) -> dic
 def go_on_keeping(
     score: Score | RunningScore, kept: Mapping[str, Any], leaves: Mapping[str, Any], gradients: Any
 ) -> dict[str, Any]:
-    """:func:`begin_keeping` after one more step.
-
-    Raises:
-        ValueError: the score reads gradients and there are none.
-    """
+    """:func:`begin_keeping` after one more step; ``gradients`` by path, or None."""
     if not isinstance(score, RunningScore):
         return {}
-    if gradients is None:
-        raise ValueError("this score reads the gradient of every step: pass grads to update")
-    return {p: score.accumulate(kept[p], leaf, gradients[p]) for p, leaf in leaves.items()}
+    given = dict.fromkeys(leaves) if gradients is None else gradients
+    return {path: score.accumulate(kept[path], leaf, given[path]) for path, leaf in leaves.items()}
 
 
 def evaluate(
@@ -152,11 +158,29 @@ def evaluate(
 
 
 def check_score(score: Any) -> None:
-    """Raise ``TypeError`` unless ``score`` is one."""
+    """Raise unless ``score`` is one that can be read while training.
+
+    Raises:
+        TypeError: it is no score.
+        ValueError: it reads what training does not give.
+
+    Example:
+        >>> from jaxcomp.prune import scores
+        >>> check_score(scores.obd)
+        Traceback (most recent call last):
+        ...
+        ValueError: scores.obd reads evidence that a train step does not have: use a score that ...
+    """
     if not isinstance(score, RunningScore) and not callable(score):
         raise TypeError(
             "score must be a function of a weight and its gradient, such as scores.magnitude, or a "
             f"RunningScore, not {score!r}"
+        )
+    if score in _FROM_EVIDENCE:
+        raise ValueError(
+            f"scores.{score.__name__} reads evidence that a train step does not have: use a score "
+            "that reads gradients or remembers them (scores.taylor, scores.running_fisher()), or "
+            "make masks in one shot (prune.evidence, prune.masks) and hold them (prune.keep_zeros)"
         )
 
 
