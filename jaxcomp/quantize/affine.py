@@ -161,7 +161,7 @@ def encode(x: Float[Array, "..."], format: Format) -> QuantizedArray:
     check_weight("x", x)
     spec = _scale_spec(x, format)
     run = automatic(
-        lambda x: _quantize(x, format),
+        lambda x: _quantize_jit(x, format),
         out=(spec_like(x, x.shape), spec, None if format.symmetric else spec),
     )
     codes, scale, zero_point = run(x)
@@ -180,6 +180,10 @@ def _quantize(x: jax.Array, format: Format) -> tuple[jax.Array, jax.Array, jax.A
     scale, zero_point = find_range(x, format)
     codes, _ = find_codes(x, scale, zero_point, format)
     return codes, scale, zero_point
+
+
+# Outside `jit` one program, instead of one for every operation on every shape.
+_quantize_jit = jax.jit(_quantize, static_argnums=1)
 
 
 def _scale_spec(x: jax.Array, format: Format) -> PartitionSpec:
@@ -233,7 +237,7 @@ def fake_quant(
             raise ValueError("zero_point was given without scale: give both or neither")
     else:
         check_scales(x, format, scale, zero_point)
-    run = automatic(lambda x, *given: _fake_quant(x, format, *given), out=spec_like(x, x.shape))
+    run = automatic(lambda x, *given: _fake_quant_jit(x, format, *given), out=spec_like(x, x.shape))
     return run(x) if scale is None else run(x, scale, zero_point)
 
 
@@ -259,6 +263,9 @@ def _fake_quant(
         dtype=x.dtype,
     )
     return _straight_through(x, values, inside)
+
+
+_fake_quant_jit = jax.jit(_fake_quant, static_argnums=1)
 
 
 @jax.custom_jvp

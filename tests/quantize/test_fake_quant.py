@@ -45,7 +45,8 @@ def test_law(dtype, format):
     compiled = jax.jit(lambda x: fake_quant(x, format))
     for kind in TRIED:
         x = samples(dtype)[kind]
-        packed = round_trip(x, format)
+        with jax.disable_jit():  # operation by operation, so that no compiler sees two of them
+            packed = round_trip(x, format)
         assert same_bits(fake_quant(x, format), packed)
         assert same_bits(compiled(x), packed)
 
@@ -95,7 +96,8 @@ def test_law_near_ties(seed, power):
     x = (rng.integers(-126, 126, SHAPE) + 0.5) * step * (1 + rng.integers(-3, 4, SHAPE) * 6e-8)
     x[0, 0, 0], x[1, 0, 1] = 127 * step, -127 * step
     x = jnp.asarray(x, jnp.float32)
-    packed = round_trip(x, format)
+    with jax.disable_jit():
+        packed = round_trip(x, format)
     assert same_bits(_tied(format)(x), packed)
     assert same_bits(fake_quant(x, format), packed)
 
