@@ -173,7 +173,6 @@ def train_section(
     size = sum(leaf.size for leaf in tree_lib.select(params).values())
     keys = jax.random.split(jax.random.key(1))
     tokens, labels = (jax.random.randint(k, (options.batch, LENGTH), 0, SYMBOLS) for k in keys)
-    repeats = max(1, options.repeats // 4)
 
     def stepper(tx: Any, see: Any) -> Callable[[Any, Any], tuple[Any, Any]]:
         @jax.jit
@@ -186,26 +185,22 @@ def train_section(
 
         return step
 
+    def at(params: Any, opt_state: Any, number: int) -> tuple[Any, Any]:
+        state = at_step(opt_state.compression, number)
+        return params, opt_state.replace(compression=state)
+
     adam = optax.adam(1e-4)
-    plain = functools.partial(stepper(adam, lambda p, _: p), params, adam.init(params))
+    plain = stepper(adam, lambda params, _: params)
+    calls = {"plain": functools.partial(plain, params, adam.init(params))}
     for name, allocation in ALLOCATIONS.items():
         tx = wrap_optimizer(adam, method_for(allocation))
-        step, fresh = stepper(tx, compressed), tx.init(params)
-
-        def at(params: Any, opt_state: Any, number: int) -> tuple[Any, Any]:
-            state = at_step(opt_state.compression, number)
-            return params, opt_state.replace(compression=state)
-
-        begin = step(*at(params, fresh, 8 * EVERY))
-        timings = by_turns(
-            {
-                "plain": plain,
-                "idle": functools.partial(step, *at(*begin, 9 * EVERY + 1)),
-                "due": functools.partial(step, *at(*begin, 9 * EVERY)),
-            },
-            repeats,
-        )
-        idle, due = timings["idle"], timings["due"]
+        step = stepper(tx, compressed)
+        begin = step(*at(params, tx.init(params), 8 * EVERY))
+        calls[f"idle, {name}"] = functools.partial(step, *at(*begin, 9 * EVERY + 1))
+        calls[f"due, {name}"] = functools.partial(step, *at(*begin, 9 * EVERY))
+    timings = by_turns(calls, options.step_repeats)
+    for name in ALLOCATIONS:
+        idle, due, update = timings[f"idle, {name}"], timings[f"due, {name}"], alone[name]
         more = statistics.median(b - a for a, b in zip(idle.rounds, due.rounds, strict=True))
         table.add_row(
             f"{size / 1e6:.1f}M",
@@ -216,9 +211,9 @@ def train_section(
             f"{1000 * due.wall:,.0f}",
             f"{1000 * more:,.0f}",
             f"{more / (EVERY * idle.wall):.3%}",
-            f"{1000 * alone[name].wall:,.0f}",
-            f"{alone[name].wall / (EVERY * idle.wall):.3%}",
-            f"{alone[name].processor / (EVERY * idle.processor):.3%}",
+            f"{1000 * update.wall:,.0f}",
+            f"{update.wall / (EVERY * idle.wall):.3%}",
+            f"{update.processor / (EVERY * idle.processor):.3%}",
         )
 
 
@@ -228,7 +223,8 @@ def main() -> None:
         "--widths", type=int, nargs="+", default=[512, 1024], help="sorted and trained: the first"
     )
     parser.add_argument("--batch", type=int, default=8, help=f"sequences of {LENGTH} a step")
-    parser.add_argument("--repeats", type=int, default=21, help="timed mask updates; 4 to a step")
+    parser.add_argument("--repeats", type=int, default=21, help="timed mask updates")
+    parser.add_argument("--step-repeats", type=int, default=9, help="timed train steps")
     parser.add_argument("--slow-repeats", type=int, default=2, help="timed calls of the sorts")
     options = parser.parse_args()
     load, bandwidth = os.getloadavg()[0], copy_bandwidth(options.repeats)
@@ -256,7 +252,7 @@ def main() -> None:
         f"{os.getloadavg()[0]:.1f} after; copy bandwidth {bandwidth / 1e9:.1f} GB/s; "
         f"backend {jax.default_backend()}; Python {platform.python_version()}, "
         f"jax {jax.__version__}, optax {optax.__version__}; medians of {options.repeats} updates, "
-        f"{options.slow_repeats} sorts and {max(1, options.repeats // 4)} train steps, by turns; "
+        f"{options.slow_repeats} sorts and {options.step_repeats} train steps, by turns; "
         "the sorts' masks are equal to those of prune.masks, bit for bit."
     )
 
