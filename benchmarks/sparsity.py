@@ -44,8 +44,6 @@ from threshold import cpu_model
 
 from jaxcomp import identity, partition, prune
 from jaxcomp import tree as tree_lib
-from jaxcomp.prune.one_shot.sparsegpt import sparsegpt as sparsegpt_model
-from jaxcomp.prune.one_shot.wanda import wanda as wanda_masks
 
 SPARSITY = 0.9
 PRUNED = {
@@ -94,12 +92,12 @@ def one_shot_methods(
         return prune.apply_masks(params, prune.masks(scores, sparsity, runs or prune.Element()))
 
     def wanda(sparsity: float | None, runs: Any) -> Any:
-        masks = wanda_masks(apply_fn, params, batches, sparsity, runs, paths=paths, progress=False)
+        masks = prune.wanda(apply_fn, params, batches, sparsity, runs, paths=paths, progress=False)
         return prune.apply_masks(params, masks)
 
     def sparsegpt(sparsity: float | None, runs: Any) -> Any:
         structure = runs or prune.Element()
-        return sparsegpt_model(
+        return prune.sparsegpt(
             apply_fn, params, batches, sparsity, structure, paths=paths, progress=False
         ).params
 

@@ -55,7 +55,11 @@ def main() -> float:
     model = Classifier(nnx.Rngs(1))
 
     method = jaxcomp.chain(
-        prune.gradual(prune.scores.magnitude, prune.cubic(0.8, begin=50, end=200), scope="global"),
+        prune.gradual(
+            prune.scores.magnitude,
+            prune.cubic(0.8, begin=50, end=200),
+            prune.allocation.global_threshold,
+        ),
         share.train(clusters=8, begin=220),
     )
     tx = jaxcomp.wrap_optimizer(optax.adam(1e-2), method)  # changed: 1

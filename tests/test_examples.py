@@ -44,3 +44,18 @@ def test_shrunken_resnet(tmp_path, monkeypatch, capsys):
     assert accuracies["half, trained on"] > 0.95
     sizes = [int(size.replace(",", "")) for size in re.findall(r"ms, ([\d,]+) bytes", printed)]
     assert sizes[2] == sizes[3] < 0.6 * sizes[0]
+
+
+def test_pruned_after_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    accuracies = load("prune_trained").main()
+    printed = capsys.readouterr().out
+    dense = accuracies["dense"]
+    assert dense > 0.9
+    found = next(name for name in accuracies if name.endswith("%, global"))
+    assert accuracies[found] >= dense - 0.01
+    assert float(found.split("%")[0]) >= 50
+    assert accuracies["2:4, repaired"] >= accuracies["2:4, magnitude"]
+    assert accuracies["60%, by sensitivity"] >= dense - 0.02
+    for path in ("Conv_1/kernel", "Dense_0/kernel"):
+        assert len(re.findall(f"{path} ", printed)) == 2

@@ -10,13 +10,13 @@ from jaxcomp.prune.channels.removal import channels
 from jaxcomp.prune.channels.shrink import shrink
 from jaxcomp.prune.channels.smaller_model import SmallerModel
 from jaxcomp.prune.masks import apply_masks, masks
-from jaxcomp.prune.one_shot import evidence
-from jaxcomp.prune.one_shot.sensitivity import Sensitivity, sensitivity
-from jaxcomp.prune.one_shot.sensitivity_allocation import allocation_from_sensitivity
-from jaxcomp.prune.one_shot.sparsegpt import sparsegpt
-from jaxcomp.prune.one_shot.synflow import synaptic_flow
-from jaxcomp.prune.one_shot.to_accuracy import ToAccuracy, to_accuracy
-from jaxcomp.prune.one_shot.wanda import wanda
+from jaxcomp.prune.post_training import evidence, obs
+from jaxcomp.prune.post_training.sensitivity import Sensitivity, sensitivity
+from jaxcomp.prune.post_training.sensitivity_allocation import allocation_from_sensitivity
+from jaxcomp.prune.post_training.sparsegpt import Repaired, sparsegpt
+from jaxcomp.prune.post_training.synflow import synaptic_flow
+from jaxcomp.prune.post_training.to_accuracy import ToAccuracy, to_accuracy
+from jaxcomp.prune.post_training.wanda import wanda
 from jaxcomp.prune.schedules import constant, cubic, one_shot, staircase
 from jaxcomp.prune.scores import RunningScore
 from jaxcomp.prune.structures import NM, Block, Channel, Element, Kernel
@@ -39,6 +39,7 @@ __all__ = [
     "Element",
     "Iterated",
     "Kernel",
+    "Repaired",
     "RunningScore",
     "ScoredGroup",
     "Sensitivity",
@@ -62,6 +63,7 @@ __all__ = [
     "masks",
     "movement",
     "needs",
+    "obs",
     "one_shot",
     "penalties",
     "proximal",

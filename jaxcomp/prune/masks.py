@@ -220,7 +220,7 @@ def _counts(
     Leaves that share one threshold are left out.
     """
     if sparsity is None and all(isinstance(structures[path], NM) for path in parts):
-        return {path: structures[path].m - structures[path].n for path in parts}
+        return {path: _at_most(structures[path]) for path in parts}
     if sparsity is None and allocation.needs_sparsity:
         path = next(path for path in parts if not isinstance(structures[path], NM))
         raise ValueError(
@@ -238,9 +238,14 @@ def _counts(
         size = group_size(structure, part.shape)
         (count,) = removal_count(jnp.minimum(fraction, jnp.float32(0.9999999)), (size,))
         if isinstance(structure, NM):
-            count = jnp.minimum(count, structure.m - structure.n)
+            count = jnp.minimum(count, _at_most(structure))
         each[path] = count
     return each
+
+
+def _at_most(structure: Any) -> int:
+    """How many of a run of :class:`NM` go."""
+    return structure.m - structure.n
 
 
 def _uniform_counts(parts: Mapping[str, Part], sparsity: Any) -> Any:

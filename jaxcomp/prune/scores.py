@@ -12,7 +12,7 @@ shot alike::
 
 In training the evidence is the gradient of the step, so :func:`magnitude`, :func:`l2`,
 :func:`gradient`, :func:`taylor` and :func:`snip` can be used there. The others read what
-:mod:`jaxcomp.prune.one_shot.evidence` computes: :func:`fisher` and :func:`fisher_weighted` squared
+:mod:`jaxcomp.prune.evidence` computes: :func:`fisher` and :func:`fisher_weighted` squared
 gradients, :func:`obd` the Hessian's diagonal, :func:`grasp` its product with the gradient,
 :func:`wanda` the norms of the inputs, :func:`synaptic_flow` a gradient that needs no data.
 
@@ -189,7 +189,7 @@ def grasp(weight: Leaf, hessian_gradient: Evidence = None) -> Scores:
     Args:
         weight: one leaf, as initialised.
         hessian_gradient: the Hessian times the gradient, from
-            :func:`jaxcomp.prune.one_shot.evidence.hessian_times_gradient`.
+            :func:`jaxcomp.prune.post_training.evidence.hessian_times_gradient`.
 
     Returns:
         Scores of the leaf's shape, at least float32; negative ones too.
@@ -213,7 +213,7 @@ def synaptic_flow(weight: Leaf, flow: Evidence = None) -> Scores:
     """The weight's share of all paths through the network: ``|w · ∂R/∂w|``.
 
     ``R`` is the sum of the outputs of the network with all weights replaced by their absolute
-    values, for an input of ones. :func:`jaxcomp.prune.one_shot.synaptic_flow` computes it and
+    values, for an input of ones. :func:`jaxcomp.prune.post_training.synaptic_flow` computes it and
     prunes in rounds, as the paper does.
 
     Args:
@@ -243,12 +243,12 @@ def wanda(weight: Leaf, input_norm: Any = None) -> Scores:
     """The weight's magnitude times the norm of what it is multiplied by: ``|w| · ‖x‖₂``.
 
     Meant to be compared among the weights of one output only, as
-    :func:`jaxcomp.prune.one_shot.wanda` does.
+    :func:`jaxcomp.prune.post_training.wanda` does.
 
     Args:
         weight: one leaf.
         input_norm: the norm of each input feature, broadcastable against the leaf, from
-            :func:`jaxcomp.prune.one_shot.evidence.input_norms`.
+            :func:`jaxcomp.prune.post_training.evidence.input_norms`.
 
     Returns:
         Scores of the leaf's shape, at least float32.
@@ -279,7 +279,7 @@ def obd(weight: Leaf, curvature: Evidence = None) -> Scores:
     Args:
         weight: one leaf, of a trained network.
         curvature: the diagonal of the Hessian, from
-            :func:`jaxcomp.prune.one_shot.evidence.hessian_diagonal`.
+            :func:`jaxcomp.prune.post_training.evidence.hessian_diagonal`.
 
     Returns:
         Scores of the leaf's shape, at least float32; negative ones too.
@@ -304,7 +304,7 @@ def fisher(weight: Leaf, squared_gradient: Evidence = None) -> Scores:
 
     Args:
         weight: one leaf, of which only the shape counts.
-        squared_gradient: from :func:`jaxcomp.prune.one_shot.evidence.squared_gradients`. For sums
+        squared_gradient: from :func:`jaxcomp.prune.evidence.squared_gradients`. For sums
             that grow during training see :func:`running_fisher`.
 
     Returns:
@@ -325,7 +325,7 @@ def fisher_weighted(weight: Leaf, squared_gradient: Evidence = None) -> Scores:
 
     Args:
         weight: one leaf.
-        squared_gradient: from :func:`jaxcomp.prune.one_shot.evidence.squared_gradients`. For sums
+        squared_gradient: from :func:`jaxcomp.prune.evidence.squared_gradients`. For sums
             that grow during training see :func:`running_fisher`.
 
     Returns:

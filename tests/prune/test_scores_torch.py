@@ -9,7 +9,7 @@ from jaxcomp import tree as tree_lib
 from jaxcomp.prune import scores
 from jaxcomp.prune.allocation import global_threshold
 from jaxcomp.prune.masks import masks
-from jaxcomp.prune.one_shot import evidence
+from jaxcomp.prune.post_training import evidence
 from jaxcomp.prune.structures import Channel, pool
 
 torch = pytest.importorskip("torch")

@@ -12,7 +12,7 @@ from jaxcomp.model.observe import observe
 from jaxcomp.model.statistics import mean_square
 from jaxcomp.model.trace import trace
 from jaxcomp.prune.channels.groups import Need
-from jaxcomp.prune.one_shot.batches import add_up, spread
+from jaxcomp.prune.post_training.batches import add_up, spread
 
 
 class Evidence(NamedTuple):

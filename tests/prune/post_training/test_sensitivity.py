@@ -18,11 +18,14 @@ from jaxcomp.kernels.threshold import removal_count_exact
 from jaxcomp.prune import scores
 from jaxcomp.prune.allocation import Part, uniform
 from jaxcomp.prune.masks import masks
-from jaxcomp.prune.one_shot import sensitivity as module
-from jaxcomp.prune.one_shot.input_norms import input_norms
-from jaxcomp.prune.one_shot.sensitivity import FILE, Sensitivity, sensitivity
-from jaxcomp.prune.one_shot.sensitivity_allocation import allocation_from_sensitivity, lower_hull
-from jaxcomp.prune.one_shot.to_accuracy import to_accuracy
+from jaxcomp.prune.post_training import sensitivity as module
+from jaxcomp.prune.post_training.input_norms import input_norms
+from jaxcomp.prune.post_training.sensitivity import FILE, Sensitivity, sensitivity
+from jaxcomp.prune.post_training.sensitivity_allocation import (
+    allocation_from_sensitivity,
+    lower_hull,
+)
+from jaxcomp.prune.post_training.to_accuracy import to_accuracy
 from jaxcomp.prune.structures import NM, Block, Channel, Element
 
 RNG = np.random.default_rng(0)

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxcomp import tree as tree_lib
 from jaxcomp.prune import scores
 from jaxcomp.prune.masks import apply_masks
-from jaxcomp.prune.one_shot.synflow import synaptic_flow
+from jaxcomp.prune.post_training.synflow import synaptic_flow
 
 
 def mlp(params, x):

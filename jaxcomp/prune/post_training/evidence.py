@@ -17,8 +17,8 @@ import jax.numpy as jnp
 
 from jaxcomp import tree as tree_lib
 from jaxcomp.arrays import is_compressed
-from jaxcomp.prune.one_shot.batches import add_up, checked
-from jaxcomp.prune.one_shot.input_norms import input_norms
+from jaxcomp.prune.post_training.batches import add_up, checked
+from jaxcomp.prune.post_training.input_norms import input_norms
 from jaxcomp.prune.widened import wide, wide_zeros
 
 __all__ = [

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from jaxcomp import tree as tree_lib
 from jaxcomp.checkpoint import CheckpointError
 from jaxcomp.prune import allocation, scores
-from jaxcomp.prune.one_shot.to_accuracy import FILE, to_accuracy
+from jaxcomp.prune.post_training.to_accuracy import FILE, to_accuracy
 from jaxcomp.prune.structures import NM, Channel
 
 
@@ -172,7 +172,8 @@ def test_killed_at_every_evaluation_in_turn(tmp_path):
 
 SCRIPT = """
     import os, signal, sys
-    from tests.prune.one_shot.test_to_accuracy import PARAMS, TABLE, table_evaluate, to_accuracy
+    from tests.prune.post_training.test_to_accuracy import PARAMS, TABLE, table_evaluate
+    from tests.prune.post_training.test_to_accuracy import to_accuracy
     log = []
     evaluate = table_evaluate(TABLE, log)
     def killed(params):

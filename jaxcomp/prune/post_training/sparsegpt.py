@@ -20,11 +20,11 @@ from jaxcomp.model.observe import Observed, observe
 from jaxcomp.model.program import read
 from jaxcomp.model.progress import watched
 from jaxcomp.model.statistics import Statistic, second_moment
-from jaxcomp.prune.one_shot.batches import peek, spread
-from jaxcomp.prune.one_shot.column_walk import block_counts, prune_in_blocks
-from jaxcomp.prune.one_shot.input_norms import choose
-from jaxcomp.prune.one_shot.obs import PER_OUTPUT, output_error
-from jaxcomp.prune.one_shot.walk_files import WalkFiles
+from jaxcomp.prune.post_training.batches import peek, spread
+from jaxcomp.prune.post_training.column_walk import block_counts, prune_in_blocks
+from jaxcomp.prune.post_training.input_norms import choose
+from jaxcomp.prune.post_training.obs import PER_OUTPUT, output_error
+from jaxcomp.prune.post_training.walk_files import WalkFiles
 from jaxcomp.prune.structures import NM, Element, check_structure
 from jaxcomp.sharding import automatic, spec_like
 
@@ -91,7 +91,7 @@ def sparsegpt(
     """Remove weights after training, and let those that stay make up for them, layer by layer.
 
     For a few leaves at a time, a pass over the batches gathers the second moments of what they are
-    multiplied by; :func:`~jaxcomp.prune.one_shot.column_walk.sparsegpt_matrix` then prunes them.
+    multiplied by; :func:`~jaxcomp.prune.post_training.column_walk.sparsegpt_matrix` prunes them.
     Dense layers in any layout, attention kernels, convolutions (grouped too), stacked layers and
     experts are the matrices that :mod:`jaxcomp.model.matrices` makes of them. The layers of one
     stack are pruned together, each from the moments that it had before.

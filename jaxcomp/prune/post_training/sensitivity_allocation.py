@@ -11,7 +11,7 @@ from jaxtyping import Array
 from jaxcomp import tree as tree_lib
 from jaxcomp.kernels.threshold import removal_count
 from jaxcomp.prune.allocation import Allocation, Part
-from jaxcomp.prune.one_shot.sensitivity import Sensitivity
+from jaxcomp.prune.post_training.sensitivity import Sensitivity
 
 _SLICES = 64
 
@@ -49,7 +49,7 @@ def allocation_from_sensitivity(found: Sensitivity) -> Allocation:
 
     Example:
         >>> from jaxcomp.prune.masks import masks
-        >>> from jaxcomp.prune.one_shot.sensitivity import sensitivity
+        >>> from jaxcomp.prune.post_training.sensitivity import sensitivity
         >>> params = {"dear": jnp.ones((2, 2)), "cheap": jnp.ones((2, 2))}
         >>> evaluate = lambda params: 5 * jnp.sum(params["dear"]) + jnp.sum(params["cheap"])
         >>> found = sensitivity(params, evaluate, (0.5, 0.75))

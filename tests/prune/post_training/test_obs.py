@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxcomp.prune.masks import masks
-from jaxcomp.prune.one_shot.column_walk import block_counts, sparsegpt_matrix
-from jaxcomp.prune.one_shot.obs import optimal_brain_surgeon, output_error, repair
+from jaxcomp.prune.post_training.column_walk import block_counts, sparsegpt_matrix
+from jaxcomp.prune.post_training.obs import optimal_brain_surgeon, output_error, repair
 from jaxcomp.prune.structures import NM, Block, Element
 
 PER_OUTPUT = Element(within=-1)

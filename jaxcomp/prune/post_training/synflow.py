@@ -12,7 +12,7 @@ from jaxcomp import tree as tree_lib
 from jaxcomp.kernels.threshold import removal_count_exact, smallest_masks, sortable_bits
 from jaxcomp.prune import scores
 from jaxcomp.prune.masks import check_kept, zero_out
-from jaxcomp.prune.one_shot.input_norms import choose
+from jaxcomp.prune.post_training.input_norms import choose
 from jaxcomp.prune.schedules import check_sparsity
 
 

@@ -21,7 +21,7 @@ from jaxcomp.kernels.threshold import (
     smallest_masks,
     sortable_bits,
 )
-from jaxcomp.prune.one_shot.obs import (
+from jaxcomp.prune.post_training.obs import (
     PER_OUTPUT,
     PrunedMatrix,
     check_matrix,

@@ -16,8 +16,8 @@ from jaxcomp import tree as tree_lib
 from jaxcomp.checkpoint import CheckpointError
 from jaxcomp.prune import scores
 from jaxcomp.prune.masks import apply_masks, masks
-from jaxcomp.prune.one_shot.column_walk import sparsegpt_matrix
-from jaxcomp.prune.one_shot.sparsegpt import sparsegpt
+from jaxcomp.prune.post_training.column_walk import sparsegpt_matrix
+from jaxcomp.prune.post_training.sparsegpt import sparsegpt
 from jaxcomp.prune.structures import NM, Channel, Element
 
 

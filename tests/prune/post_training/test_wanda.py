@@ -8,7 +8,7 @@ from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcomp.prune.masks import apply_masks
-from jaxcomp.prune.one_shot.wanda import wanda
+from jaxcomp.prune.post_training.wanda import wanda
 from jaxcomp.prune.structures import NM
 
 WIDTH, HEADS, SIZE = 8, 2, 4

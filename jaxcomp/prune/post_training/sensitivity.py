@@ -17,7 +17,7 @@ from jaxcomp.model.progress import watched
 from jaxcomp.prune import scores as scores_lib
 from jaxcomp.prune.allocation import uniform
 from jaxcomp.prune.masks import Structures, renew, resolve, zero_out
-from jaxcomp.prune.one_shot import study
+from jaxcomp.prune.post_training import study
 from jaxcomp.prune.schedules import check_sparsity
 from jaxcomp.prune.scores import Score
 from jaxcomp.prune.structures import Element, Structure

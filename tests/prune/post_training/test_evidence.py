@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxcomp import tree as tree_lib
 from jaxcomp.prune import scores
-from jaxcomp.prune.one_shot import evidence
+from jaxcomp.prune.post_training import evidence
 
 
 def parameters():

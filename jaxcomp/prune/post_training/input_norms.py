@@ -13,7 +13,7 @@ from jaxcomp.model.observe import observe
 from jaxcomp.model.statistics import Statistic, mean_square
 from jaxcomp.model.trace import trace
 from jaxcomp.model.uses import Use
-from jaxcomp.prune.one_shot.batches import peek, spread
+from jaxcomp.prune.post_training.batches import peek, spread
 
 
 def input_norms(
