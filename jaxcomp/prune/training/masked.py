@@ -180,7 +180,8 @@ def check_score(score: Any) -> None:
         raise ValueError(
             f"scores.{getattr(score, '__name__', score)} reads evidence that a train step does not "
             "have: use a score that reads gradients or remembers them (scores.taylor, "
-            "scores.running_fisher()), or make masks in one shot (prune.evidence, prune.masks) and hold them (prune.keep_zeros)"
+            "scores.running_fisher()), or make masks in one shot (prune.evidence, prune.masks) and "
+            "hold them (prune.keep_zeros)"
         )
 
 
