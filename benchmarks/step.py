@@ -67,6 +67,10 @@ def main() -> None:
         "plain": None,
         "identity": identity(),
         "pruned, fixed mask": pruner,
+        "RigL, between two changes": prune.rigl(0.9, end=2, every=1, key=jax.random.key(0)),
+        "2:4 masks anew each step": prune.straight_through(
+            prune.scores.magnitude, prune.constant(0.5), structure=prune.NM(2, 4)
+        ),
         "quantized, 8 bits": quantize.train(Format(8)),
         "shared, 16 values": share.train(16),
         "pruned and quantized": chain(pruner, quantize.train(Format(4))),
