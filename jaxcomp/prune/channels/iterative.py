@@ -23,10 +23,11 @@ from jaxcomp.prune.channels.removal import (
     shapes_of,
     trace_model,
 )
-from jaxcomp.prune.channels.resume import Point, describe, path_in, read_point, write_point
+from jaxcomp.prune.channels.resume import FILE, Point, read_point, write_point
 from jaxcomp.prune.channels.selection import Scope
 from jaxcomp.prune.channels.shrink import at_once, on_host, shrink
 from jaxcomp.prune.channels.smaller_model import Kept, Size, SmallerModel, kept_positions, size_of
+from jaxcomp.prune.resuming import describe, file_in
 from jaxcomp.prune.schedules import check_sparsity
 from jaxcomp.sharding import automatic, spec_like
 
@@ -151,7 +152,7 @@ def channels_iteratively(
     path = call = None
     if directory is not None:
         call = _describe_call(model, goals, options, params, state)
-        path = path_in(directory)
+        path = file_in(directory, FILE)
         if os.path.exists(path):
             point = _resume(path, call, steps, model, full, point)
     for step in watched(range(point.done, steps), "removing channels", progress):

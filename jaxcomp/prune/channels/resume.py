@@ -1,16 +1,12 @@
 """A point between two steps of channel removal, in a file: where to go on after a kill.
 
-The file is one of :mod:`jaxcomp.checkpoint`: sound or refused, replaced at once, and without code.
-It says which call wrote it, so that another call does not go on from it by mistake.
+The file says which call wrote it, see :mod:`jaxcomp.prune.resuming`.
 """
 
-import hashlib
-import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.dtypes
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
@@ -18,10 +14,10 @@ from jax.sharding import NamedSharding
 from jaxcomp import tree as tree_lib
 from jaxcomp.checkpoint import CheckpointError, load, save
 from jaxcomp.prune.channels.selection import Kept
+from jaxcomp.prune.resuming import SCALARS, check_call, take_apart
 
 FILE = "channels.jxc"
 _FORMAT = 1
-_SCALARS = (bool, int, float, str)
 _NAMES = {"format", "call", "done", "units", "notes", "params", "state"}
 
 
@@ -43,34 +39,6 @@ class Point(NamedTuple):
     state: Any
 
 
-def describe(name: str, tree: Any) -> dict[str, str]:
-    """What tells one tree from another: kinds, dtypes, shapes and values of its leaves.
-
-    Args:
-        name: what the paths begin with.
-        tree: a pytree of arrays and Python scalars.
-
-    Returns:
-        By path, one line a leaf.
-
-    Raises:
-        TypeError: a leaf that a file cannot hold.
-
-    Example:
-        >>> describe("params", {"bias": jnp.ones(3)})
-        {'params/bias': 'jax float32 (3,) 8a31a40ecac0'}
-    """
-    lines = {}
-    for path, kind, value in _stored(name, tree):
-        if kind == "python":
-            lines[path] = repr(value)
-            continue
-        array = np.asarray(value)
-        digest = hashlib.sha256(array.tobytes()).hexdigest()[:12]
-        lines[path] = f"{kind} {array.dtype} {array.shape} {digest}"
-    return lines
-
-
 def write_point(path: str, call: Mapping[str, str], point: Point) -> None:
     """Replace the file of an earlier point by this one.
 
@@ -89,8 +57,8 @@ def write_point(path: str, call: Mapping[str, str], point: Point) -> None:
         "done": point.done,
         "units": dict(point.units),
         "notes": list(point.notes),
-        "params": _stored("params", point.params),
-        "state": _stored("state", point.state),
+        "params": take_apart("params", point.params),
+        "state": take_apart("state", point.state),
     }
     save(path, tree)
 
@@ -123,7 +91,7 @@ def read_point(
     tree = load(path)
     if not isinstance(tree, dict) or tree.keys() != _NAMES or tree["format"] != _FORMAT:
         raise CheckpointError(f"{path}: not a file that this version wrote between two steps")
-    _check_call(path, tree["call"], call)
+    check_call(path, tree["call"], call)
     try:
         done = tree["done"]
         if type(done) is not int or not 1 <= done <= steps:
@@ -146,44 +114,6 @@ def read_point(
     return point
 
 
-def _check_call(path: str, old: Any, new: Mapping[str, str]) -> None:
-    if not isinstance(old, dict):
-        raise CheckpointError(f"{path}: does not say which call wrote it")
-    for name in dict.fromkeys([*new, *old]):
-        before, now = old.get(name, "absent"), new.get(name, "absent")
-        if before != now:
-            raise ValueError(
-                f"{path}: written by a call with another {name}: {before}, now {now}: pass another "
-                "directory, or remove the file to start anew"
-            )
-
-
-def _stored(name: str, tree: Any) -> list[list[Any]]:
-    """Path, kind and value of each leaf."""
-    leaves = tree_lib.flatten(tree, is_leaf=lambda _: False)
-    paths = ["/".join(part for part in (name, path) if part) for path in leaves]
-    return [
-        [path, *_take_apart(path, leaf)] for path, leaf in zip(paths, leaves.values(), strict=True)
-    ]
-
-
-def _take_apart(path: str, leaf: Any) -> tuple[str, Any]:
-    if isinstance(leaf, jax.Array):
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return f"key {jax.random.key_impl(leaf)}", jax.random.key_data(leaf)
-        return ("weak" if leaf.weak_type else "jax"), leaf
-    if isinstance(leaf, np.generic):
-        return "scalar", np.asarray(leaf)
-    if isinstance(leaf, np.ndarray):
-        return "numpy", leaf
-    if type(leaf) in _SCALARS:
-        return "python", leaf
-    raise TypeError(
-        f"{path}: {type(leaf).__name__} cannot be written to a file: keep arrays and Python "
-        "scalars in the state, or leave out directory"
-    )
-
-
 def _restored(name: str, stored: list[list[Any]], like: Any) -> Any:
     """A tree in the structure of another."""
     leaves = tree_lib.flatten(like, is_leaf=lambda _: False)
@@ -198,7 +128,7 @@ def _restored(name: str, stored: list[list[Any]], like: Any) -> Any:
 
 
 def _put_together(path: str, kind: str, value: Any, like: Any) -> Any:
-    if kind == "python" and type(value) in _SCALARS:
+    if kind == "python" and type(value) in SCALARS:
         return value
     if kind in ("numpy", "scalar"):
         array = np.array(value)
@@ -229,15 +159,3 @@ def _check_shapes(params: Any, like: Any) -> None:
             raise ValueError(
                 f"{path}: {leaf.dtype} {leaf.shape}, not the {goal.dtype} {goal.shape} of the cut"
             )
-
-
-def path_in(directory: str | os.PathLike) -> str:
-    """The file of a directory, which is made if it is not there.
-
-    Example:
-        >>> import tempfile
-        >>> os.path.basename(path_in(tempfile.mkdtemp()))
-        'channels.jxc'
-    """
-    os.makedirs(directory, exist_ok=True)
-    return os.path.join(os.fspath(directory), FILE)

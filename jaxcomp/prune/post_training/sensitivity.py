@@ -18,6 +18,7 @@ from jaxcomp.prune import scores as scores_lib
 from jaxcomp.prune.allocation import uniform
 from jaxcomp.prune.masks import Structures, renew, resolve, zero_out
 from jaxcomp.prune.post_training import study
+from jaxcomp.prune.resuming import file_in
 from jaxcomp.prune.schedules import check_sparsity
 from jaxcomp.prune.scores import Score
 from jaxcomp.prune.structures import Element, Structure
@@ -145,7 +146,7 @@ def sensitivity(
     leaves = tree_lib.take(params, scores)
     path, call, records = None, {}, {}
     if directory is not None:
-        path = study.file_in(directory, FILE)
+        path = file_in(directory, FILE)
         call = study.identify(params, scores, structure=structure)
         records = study.read_records(path, call)
 

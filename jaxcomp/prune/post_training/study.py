@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxcomp import tree as tree_lib
 from jaxcomp.checkpoint import CheckpointError, load, save
-from jaxcomp.prune.channels.resume import describe
+from jaxcomp.prune.resuming import check_call, describe
 from jaxcomp.prune.scores import Score
 
 _FORMAT = 1
@@ -57,15 +57,9 @@ def read_records(path: str, call: Mapping[str, str]) -> dict[str, Record]:
     tree = load(path)
     if not isinstance(tree, dict) or tree.keys() != {"format", "call", "records"}:
         raise CheckpointError(f"{path}: not a file of finished evaluations")
-    if tree["format"] != _FORMAT or not isinstance(tree["call"], dict):
+    if tree["format"] != _FORMAT:
         raise CheckpointError(f"{path}: not a file that this version wrote")
-    for name in dict.fromkeys([*call, *tree["call"]]):
-        before, now = tree["call"].get(name, "absent"), call.get(name, "absent")
-        if before != now:
-            raise ValueError(
-                f"{path}: written by a call with another {name}: {before}, now {now}: pass another "
-                "directory, or remove the file to start anew"
-            )
+    check_call(path, tree["call"], call)
     try:
         return {
             name: Record(tuple(map(int, removed)), float(value), float(seconds))
@@ -88,18 +82,6 @@ def write_records(path: str, call: Mapping[str, str], records: Mapping[str, Reco
     """
     plain = {name: [list(each.removed), *each[1:]] for name, each in records.items()}
     save(path, {"format": _FORMAT, "call": dict(call), "records": plain})
-
-
-def file_in(directory: str | os.PathLike, name: str) -> str:
-    """A file of a directory, which is made if it is not there.
-
-    Example:
-        >>> import tempfile
-        >>> os.path.basename(file_in(tempfile.mkdtemp(), "sensitivity.jxc"))
-        'sensitivity.jxc'
-    """
-    os.makedirs(directory, exist_ok=True)
-    return os.path.join(os.fspath(directory), name)
 
 
 def identify(params: Any, scores: tree_lib.Leaves, **words: Any) -> dict[str, str]:

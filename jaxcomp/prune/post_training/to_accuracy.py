@@ -17,6 +17,7 @@ from jaxcomp.prune import scores as scores_lib
 from jaxcomp.prune.allocation import Allocation, global_threshold
 from jaxcomp.prune.masks import Structures, apply_masks, renew, resolve
 from jaxcomp.prune.post_training import study
+from jaxcomp.prune.resuming import file_in
 from jaxcomp.prune.schedules import check_sparsity
 from jaxcomp.prune.scores import Score
 from jaxcomp.prune.structures import Element
@@ -177,7 +178,7 @@ def to_accuracy(
         candidate(probe)
     path, call, records = None, {}, {}
     if directory is not None:
-        path = study.file_in(directory, FILE)
+        path = file_in(directory, FILE)
         call = _identify(params, scores, candidate, structure, allocation)
         records = study.read_records(path, call)
 

@@ -1,7 +1,7 @@
 """The finished part of a walk over a model, in files: where to go on after a kill.
 
-One file says which call wrote the others; each of these holds a few finished leaves. All are of
-:mod:`jaxcomp.checkpoint`: sound or refused, replaced at once, and without code.
+One file says which call wrote the others, see :mod:`jaxcomp.prune.resuming`; each of these holds a
+few finished leaves.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jaxcomp.checkpoint import CheckpointError, load, save
-from jaxcomp.prune.channels.resume import describe
+from jaxcomp.prune.resuming import check_call, describe, file_in
 
 Finished = dict[str, tuple[Any, Any, list[float]]]
 
@@ -56,16 +56,14 @@ class WalkFiles(NamedTuple):
             ...
             ValueError: ...written by a call with another damping: 0.01, now 0.1: pass another ...
         """
-        os.makedirs(directory, exist_ok=True)
-        start = os.path.join(os.fspath(directory), "sparsegpt")
+        path = file_in(directory, "sparsegpt.jxc")
         lines = {**call, **describe("params", params)}
-        path = f"{start}.jxc"
         if os.path.exists(path):
-            _check_call(path, load(path), lines)
+            check_call(path, load(path), lines)
         else:
-            save(path, [[name, line] for name, line in lines.items()])
+            save(path, lines)
         text = repr(sorted(lines.items()))
-        return WalkFiles(start, hashlib.sha256(text.encode()).hexdigest())
+        return WalkFiles(path.removesuffix(".jxc"), hashlib.sha256(text.encode()).hexdigest())
 
     def path(self, number: int) -> str:
         """The file of a group of leaves."""
@@ -133,17 +131,3 @@ def _placed(path: str, parts: tuple[Any, Any, Any], like: Any) -> tuple[Any, Any
     if isinstance(sharding, NamedSharding):
         weight, mask = jax.device_put((weight, mask), sharding)
     return weight, mask, numbers
-
-
-def _check_call(path: str, stored: Any, new: Mapping[str, str]) -> None:
-    try:
-        old = {str(name): str(line) for name, line in stored}
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: does not say which call wrote it") from error
-    for name in dict.fromkeys([*new, *old]):
-        before, now = old.get(name, "absent"), new.get(name, "absent")
-        if before != now:
-            raise ValueError(
-                f"{path}: written by a call with another {name}: {before}, now {now}: pass another "
-                "directory, or remove the files to start anew"
-            )
