@@ -19,6 +19,7 @@ import optax
 from flax import struct
 
 from jaxcomp import tree as tree_lib
+from jaxcomp.arrays import is_compressed
 from jaxcomp.compression import Compression, Params, State, keep
 
 
@@ -107,7 +108,9 @@ def wrap_optimizer(
             updates = _write(method, params, updates, before, new)
         if method.restart is not None:
             marks = method.restart(before, new)
-            inner = _forget(inner_tx, inner, params, old.learned, marks)
+            # Some optimizers begin with the weights themselves: with those that are there now.
+            arrived = optax.apply_updates(params, updates)
+            inner = _forget(inner_tx, inner, arrived, learned, marks)
         return updates, WrappedState(inner, new, method)
 
     return optax.GradientTransformationExtraArgs(init, update)  # type: ignore[arg-type]
@@ -234,24 +237,27 @@ def _forget(
     learned: dict[str, Any],
     marks: dict[str, Any],
 ) -> Any:
-    """The optimizer's state, as it began for the weights that are marked.
+    """The optimizer's state, as it would begin at ``params`` for the weights that are marked.
 
-    What belongs to a weight is found by optax itself, from the optimizer's own ``init``: no class
-    of state is named here. Statistics that are not of the weight's shape (factored ones) stay.
+    What belongs to a weight is what lies under the weight's own path, of its shape: optimizers keep
+    trees like that of the parameters, also masked and split ones, and no class of state is named
+    here. What is not of the weight's shape (factored, flattened) stays.
     """
     whole = _attach(params, learned)
     named = {f"{path}/weight" if path in learned else path: mark for path, mark in marks.items()}
-    flags = tree_lib.replace(jax.tree.map(lambda _: False, whole), named)
-    state_flags = optax.tree_utils.tree_map_params(
-        inner_tx, lambda leaf, flag: flag, inner, flags, transform_non_params=lambda leaf: False
-    )
+    keys_of = jax.tree_util.tree_flatten_with_path(whole, is_leaf=is_compressed)[0]
+    places = zip((keys for keys, _ in keys_of), tree_lib.flatten(whole), strict=True)
+    flags = {keys: named[path] for keys, path in places if path in named}
+    known = {keys for keys, _ in keys_of}
 
-    def mix(leaf: Any, fresh: Any, flag: Any) -> Any:
-        if flag is False or jnp.shape(flag) != jnp.shape(leaf):
+    def mix(keys: tuple[Any, ...], leaf: Any, fresh: Any) -> Any:
+        # The longest one: 'kernel' is a path, and 'Dense_0/kernel' is another.
+        own = next((keys[i:] for i in range(len(keys) + 1) if keys[i:] in known), None)
+        if own not in flags or jnp.shape(flags[own]) != jnp.shape(leaf):
             return leaf
-        return jnp.where(flag, fresh, leaf)
+        return jnp.where(flags[own], jnp.asarray(fresh).astype(leaf.dtype), leaf)
 
-    return jax.tree.map(mix, inner, inner_tx.init(whole), state_flags)
+    return jax.tree_util.tree_map_with_path(mix, inner, inner_tx.init(whole))
 
 
 def _attach(params: Params, learned: dict[str, Any]) -> Params:

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from flax import traverse_util
 
 import jaxcomp
 from jaxcomp import prune
@@ -83,17 +84,23 @@ def test_set_grows_at_random_and_drops_the_smallest():
     assert grown[small].min() > 0
 
 
+def by_name(params):
+    pick = lambda path, leaf: "slow" if path[0] == "first" else "fast"
+    return traverse_util.path_aware_map(pick, params)
+
+
 @pytest.mark.parametrize(
     "tx",
     [
         optax.adam(0.05),
         optax.chain(optax.clip_by_global_norm(1.0), optax.adagrad(0.1)),
         optax.inject_hyperparams(optax.sgd)(learning_rate=0.1, momentum=0.9),
-        optax.masked(optax.adamw(0.05), {"first": True, "second": True}),
+        optax.masked(optax.adam(0.05), lambda p: jax.tree.map(lambda leaf: leaf.ndim > 1, p)),
+        optax.multi_transform({"slow": optax.adam(0.01), "fast": optax.adam(0.1)}, by_name),
         optax.MultiSteps(optax.rmsprop(0.05), every_k_schedule=1),
         optax.adafactor(0.05),
     ],
-    ids=["adam", "adagrad", "injected", "masked", "multi-steps", "adafactor"],
+    ids=["adam", "adagrad", "injected", "masked", "split", "multi-steps", "adafactor"],
 )
 def test_grown_weights_begin_at_zero_with_a_fresh_optimizer(tx):
     """One step after a change, grown weights are zero and their moments are those of `init`."""

@@ -88,6 +88,17 @@ def test_with_an_optimizer_without_a_count_the_ticket_trains_as_if_alone():
         np.testing.assert_allclose(got, want, atol=2e-6)
 
 
+def test_an_optimizer_that_begins_with_the_weights_begins_with_the_early_ones():
+    """Schedule-free SGD carries a sequence of its own, which `init` starts at the weights."""
+    tx = optax.contrib.schedule_free_sgd(0.1)
+    history, opt_state = run(prune.lottery_ticket(0.5, rounds=1, every=3), 4, tx)
+    assert not np.allclose(history[3]["first"]["bias"], history[0]["first"]["bias"], atol=1e-3)
+    for name in ("first", "second"):
+        ticket, began = history[-1][name], opt_state.inner.z[name]
+        for leaf in ticket:
+            np.testing.assert_array_equal(began[leaf], ticket[leaf])
+
+
 def test_inside_a_partition_only_what_it_aims_at_goes_back():
     method = partition(
         {"*first*": prune.lottery_ticket(0.5, rounds=1, every=3), "*": prune.keep_zeros()}
