@@ -165,7 +165,9 @@ def _share(parts: Mapping[str, Part], fraction: Any, weights: Any) -> Array:
     rank = np.argsort(order)
     fractions = jnp.where((jnp.asarray(rank) < first) | ~jnp.any(fits), 1.0, fractions)
     fractions = jnp.where(jnp.asarray(weights) > 0, fractions, 0.0)
-    return jnp.floor(fractions * jnp.asarray(sizes, jnp.float32)).astype(jnp.uint32)
+    counts = jnp.floor(fractions * jnp.asarray(sizes, jnp.float32)).astype(jnp.uint32)
+    # Beyond 2**24 a size in float32 may be rounded up.
+    return jnp.minimum(counts, jnp.asarray(sizes.astype(np.uint32)))
 
 
 def _exact(removed: Array, most: Array, total: Array) -> Array:

@@ -62,6 +62,19 @@ def test_erdos_renyi_kernel_of_large_leaves_inside_jit():
         assert counts.sum() == total_of(np.float64(np.float32(sparsity)), sizes)
 
 
+def test_no_leaf_loses_more_than_it_has_where_float32_rounds_its_size_up():
+    parts = parts_of([(4115, 4433), (20141, 5752), (5, 7)])
+    sizes = np.array([part.units for part in parts.values()])
+    counts = np.asarray(allocation.erdos_renyi_kernel.counts(parts, 0.39187548), np.int64)
+    assert counts[0] in (0, 1)
+    assert np.all(counts <= sizes)
+    parts = parts_of([(4489, 4299), (25924, 7279)])
+    counts = np.asarray(
+        allocation.fixed({"leaf0": 0.9, "leaf1": 0.1}).counts(parts, 0.43), np.int64
+    )
+    assert np.all(counts <= [part.units for part in parts.values()])
+
+
 def lamp_masks(leaves, count):
     """Lee et al. 2021, equation (4): one weight after the other, in float64."""
     scored = []
