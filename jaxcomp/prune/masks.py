@@ -17,7 +17,6 @@ from jaxtyping import Array, Bool
 from jaxcomp import tree as tree_lib
 from jaxcomp.kernels.threshold import (
     removal_count,
-    removal_count_exact,
     smallest_masks,
     sortable_bits,
 )
@@ -74,7 +73,7 @@ def masks(
         check_sparsity("sparsity", sparsity)
     leaves = {path: jnp.asarray(leaf) for path, leaf in tree_lib.select(scores).items()}
     structures = resolve(structure, leaves)
-    _check_runs(sparsity, structures)
+    _check_runs(_foreseen(leaves, sparsity, structures, allocation), sparsity, structures)
     kept = renew(leaves, sparsity, structures, allocation)
     check_kept(kept)
     everything = {
@@ -219,38 +218,34 @@ def _counts(
 
     Leaves that share one threshold are left out.
     """
-    if sparsity is None and all(isinstance(structures[path], NM) for path in parts):
-        return {path: _at_most(structures[path]) for path in parts}
     if sparsity is None and allocation.needs_sparsity:
-        path = next(path for path in parts if not isinstance(structures[path], NM))
-        raise ValueError(
-            f"{path}: {structures[path]} needs a sparsity: pass one in [0, 1), or spread it with "
-            "allocation.fixed({pattern: sparsity})"
-        )
-    local = {path: part for path, part in parts.items() if is_local(structures[path])}
-    if allocation.counts is None:
-        each = dict(zip(local, _uniform_counts(local, sparsity), strict=True))
-    else:
+        for path in parts:
+            if not isinstance(structures[path], NM):
+                raise ValueError(
+                    f"{path}: {structures[path]} needs a sparsity: pass one in [0, 1), or spread "
+                    "it with allocation.fixed({pattern: sparsity})"
+                )
+        return {path: _at_most(structures[path]) for path in parts}
+    each: dict[str, Any] = {}
+    if allocation.counts is not None:
         each = dict(zip(parts, allocation.counts(parts, sparsity), strict=True))
-    for path, part in local.items():
-        structure = structures[path]
-        fraction = each[path].astype(jnp.float32) / part.units
-        size = group_size(structure, part.shape)
-        (count,) = removal_count(jnp.minimum(fraction, jnp.float32(0.9999999)), (size,))
-        if isinstance(structure, NM):
-            count = jnp.minimum(count, _at_most(structure))
-        each[path] = count
+    for path, part in parts.items():
+        if not is_local(structures[path]):
+            continue
+        size = group_size(structures[path], part.shape)
+        if allocation.counts is None or allocation is uniform:
+            # Rounded once: the leaf's count, shared out, might be rounded to another side.
+            (each[path],) = removal_count(jnp.asarray(sparsity, jnp.float32), (size,))
+        else:
+            groups = part.units // size
+            whole, rest = each[path] // groups, each[path] % groups
+            each[path] = whole + (rest >= (groups + 1) // 2).astype(jnp.uint32)
     return each
 
 
 def _at_most(structure: Any) -> int:
     """How many of a run of :class:`NM` go."""
     return structure.m - structure.n
-
-
-def _uniform_counts(parts: Mapping[str, Part], sparsity: Any) -> Any:
-    assert uniform.counts is not None
-    return uniform.counts(parts, sparsity) if parts else ()
 
 
 def _masks_of_units(
@@ -261,8 +256,11 @@ def _masks_of_units(
 ) -> dict[str, Array]:
     news = {}
     for path, count in counts.items():
-        if is_local(structures[path]):
-            news[path] = local_masks(structures[path], keys[path], count)
+        structure = structures[path]
+        if is_local(structure):
+            if isinstance(structure, NM):
+                count = jnp.minimum(count, _at_most(structure))
+            news[path] = local_masks(structure, keys[path], count)
         else:
             (news[path],) = smallest_masks((keys[path],), count)
     joint = {path: key for path, key in keys.items() if path not in counts}
@@ -297,24 +295,13 @@ def check_kept(masks: Mapping[str, Bool[Array, "..."]]) -> None:
             )
 
 
-def _check_runs(sparsity: float | None, structures: Mapping[str, Structure]) -> None:
-    for path, structure in structures.items():
-        if sparsity is None or not isinstance(structure, NM):
-            continue
-        if removal_count_exact(sparsity, structure.m) > structure.m - structure.n:
-            raise ValueError(
-                f"{path}: {structure} removes at most {1 - structure.n / structure.m:.3g}, and "
-                f"sparsity is {sparsity}: leave sparsity out, or keep fewer of {structure.m}"
-            )
-
-
 def check_ends(
     schedule: Schedule,
     leaves: Mapping[str, Any],
     structures: Mapping[str, Structure],
     allocation: Allocation,
 ) -> None:
-    """Raise where the sparsity that a schedule ends with would leave a leaf empty.
+    """Raise where the sparsity that a schedule ends with is none, or cannot be reached.
 
     Args:
         schedule: function of the step to the sparsity.
@@ -323,20 +310,59 @@ def check_ends(
         allocation: one that reads the scores, or ranks all leaves together, cannot be foreseen.
 
     Raises:
-        ValueError: a leaf would be empty.
+        ValueError: a sparsity outside [0, 1), or more than :class:`NM` removes; a leaf would be
+            empty.
     """
-    if allocation.counts is None or allocation.reads_scores:
-        return
     with jax.ensure_compile_time_eval():
         final = float(schedule(jnp.iinfo(jnp.int32).max - 1))
-        parts = {}
-        for path, leaf in leaves.items():
-            shape = tuple(leaf.shape)
-            parts[path] = Part(shape, math.prod(units_shape(structures[path], shape)))
-        counts = np.asarray(allocation.counts(parts, jnp.float32(final)))
-    for (path, part), count in zip(parts.items(), counts, strict=True):
-        if count >= part.units and not isinstance(structures[path], NM):
+    if not 0 <= final < 1:
+        raise ValueError(
+            f"the schedule ends with a sparsity of {final:.4g}: it is the fraction of weights "
+            "removed, in [0, 1)"
+        )
+    counts = _foreseen(leaves, final, structures, allocation)
+    _check_runs(counts, final, structures)
+    for path, count in counts.items():
+        structure, shape = structures[path], tuple(leaves[path].shape)
+        local = is_local(structure)
+        most = group_size(structure, shape) if local else math.prod(units_shape(structure, shape))
+        if count >= most:
             raise ValueError(
-                f"{path}: all {part.units} units would be removed at the end of the schedule, at a "
-                f"sparsity of {final:.4g}: ask for less, or leave this leaf out"
+                f"{path}: all {most} units{' of each group' if local else ''} would be removed at "
+                f"the end of the schedule, at a sparsity of {final:.4g}: ask for less, or leave "
+                "this leaf out"
+            )
+
+
+def _foreseen(
+    leaves: Mapping[str, Any],
+    sparsity: Any,
+    structures: Mapping[str, Structure],
+    allocation: Allocation,
+) -> dict[str, int]:
+    """What :func:`_counts` will be, as far as it does not hang on scores."""
+    if allocation.reads_scores:
+        return {}
+    parts = {}
+    for path, leaf in leaves.items():
+        shape = tuple(leaf.shape)
+        parts[path] = Part(shape, math.prod(units_shape(structures[path], shape)))
+    with jax.ensure_compile_time_eval():
+        counts = _counts(parts, sparsity, structures, allocation)
+        return {path: int(count) for path, count in counts.items()}
+
+
+def _check_runs(
+    counts: Mapping[str, int], sparsity: float | None, structures: Mapping[str, Structure]
+) -> None:
+    for path, count in counts.items():
+        structure = structures[path]
+        if isinstance(structure, NM) and count > _at_most(structure):
+            asked = (
+                "its allocation asks for more" if sparsity is None else f"sparsity is {sparsity}"
+            )
+            raise ValueError(
+                f"{path}: {structure} removes at most {1 - structure.n / structure.m:.3g}, and "
+                f"{asked}, so that {count} of {structure.m} would go: ask for less, spread it "
+                f"otherwise, or keep fewer of {structure.m}"
             )

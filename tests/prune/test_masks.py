@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from jaxcomp import prune
 from jaxcomp import tree as tree_lib
-from jaxcomp.prune import NM, apply_masks, cubic, gradual, scores
+from jaxcomp.prune import NM, Element, allocation, apply_masks, cubic, gradual, scores
+from jaxcomp.prune.masks import renew
 from jaxcomp.prune.structures import check_structure
 from tests import methods
 
@@ -151,3 +152,44 @@ def test_a_sparsity_is_needed_and_must_fit_the_runs():
     assert all(int(jnp.sum(~mask)) == 4 for mask in quarter.values())
     with pytest.raises(TypeError, match="a: 'NM' is no structure"):
         check_structure("a", "NM", (4, 4))
+
+
+@settings(max_examples=20)
+@given(st.integers(2, 9), st.integers(1, 6), st.floats(0, 0.9))
+def test_each_group_loses_its_own_count_rounded_once(size, groups, sparsity):
+    resolved = round(float(np.float32(sparsity)) * 1e7) / 1e7
+    count = int(np.floor(resolved * size + 0.5))
+    found = renew(
+        {"w": jnp.ones((size, groups))}, sparsity, {"w": Element(within=-1)}, allocation.uniform
+    )
+    np.testing.assert_array_equal(np.sum(~np.asarray(found["w"]), axis=0), count)
+
+
+def test_a_group_of_many_is_counted_once():
+    """0.494 of 100 is 49; of 200 it is 99, of which each of two groups would have half."""
+    found = prune.masks({"w": jnp.ones((100, 2))}, 0.494, Element(within=-1))
+    np.testing.assert_array_equal(np.sum(~np.asarray(found["w"]), axis=0), [49, 49])
+
+
+def test_fixed_sparsities_hold_for_runs_too():
+    kernels = {"a": jnp.ones((8, 4)), "c": jnp.ones((8, 4))}
+    found = prune.masks(kernels, structure=NM(2, 4), allocation=allocation.fixed({"a": 0.25}))
+    assert int(jnp.sum(~found["a"])) == 8
+    assert bool(jnp.all(found["c"]))
+    with pytest.raises(ValueError, match=r"a: NM.* removes at most 0.5, and its allocation asks"):
+        prune.masks(kernels, structure=NM(2, 4), allocation=allocation.fixed({"a": 0.75}))
+
+
+@pytest.mark.parametrize(
+    ("end", "options", "words"),
+    [
+        (0.9, {"structure": Element(within=-1)}, "kernel: all 4 units of each group would be"),
+        (0.9, {"structure": NM(2, 4)}, r"kernel: NM.* removes at most 0.5, and sparsity is 0.9"),
+        (1.5, {"allocation": allocation.global_threshold}, "ends with a sparsity of 1.5"),
+        (float("nan"), {}, "ends with a sparsity of nan"),
+    ],
+)
+def test_a_schedule_that_ends_where_it_cannot_be_is_refused(end, options, words):
+    method = gradual(scores.magnitude, lambda step: end, **options)
+    with pytest.raises(ValueError, match=words):
+        method.init({"kernel": jnp.ones((4, 8))})
