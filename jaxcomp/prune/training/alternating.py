@@ -92,11 +92,10 @@ def alternating(
     def init(params: Params) -> State:
         leaves = tree_lib.select(params)
         check_ends(schedule, leaves, resolve(structure, leaves), allocation)
-        everything = {path: jnp.ones_like(leaf, bool) for path, leaf in leaves.items()}
+        everything = masked.keep_all(leaves)
         step = jnp.zeros((), jnp.int32)
         return State({}, AlternatingBuffers(step, step > 0, everything))
 
-    @jax.jit
     def advance(leaves: Any, gradients: Any, buffers: AlternatingBuffers) -> AlternatingBuffers:
         step, was_sparse, masks = buffers
         in_turn = (step - begin) % (sparse_steps + dense_steps) < sparse_steps
@@ -113,9 +112,5 @@ def alternating(
         masks = jax.lax.switch(branch, [begin_sparse, lambda: masks, dense])
         return AlternatingBuffers(jnp.asarray(optax.safe_increment(step)), sparse, masks)
 
-    def update(params: Params, state: State, grads: Params) -> State:
-        leaves = tree_lib.take_like(params, state.buffers.masks)
-        gradients = None if grads is None else tree_lib.take(grads, leaves)
-        return State({}, advance(leaves, gradients, state.buffers))
-
-    return masked.masked_method(init, update, structure)._replace(restart=masked.changed)
+    method = masked.masked_method(init, masked.update_of(advance), structure)
+    return method._replace(restart=masked.changed)

@@ -167,8 +167,9 @@ def _dynamic(
 ) -> Compression:
     masked.check_every(every)
     schedule = constant(sparsity)
-    if not (hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
-        raise TypeError(f"key must be a PRNG key, such as jax.random.key(0), not {key!r}")
+    dtype = getattr(key, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key) or key.shape != ():
+        raise TypeError(f"key must be one PRNG key, such as jax.random.key(0), not {key!r}")
     if allocation.counts is None or allocation.reads_scores:
         raise ValueError(
             f"allocation.{allocation.name} ranks scores, and weights that are not there have none: "
@@ -182,10 +183,9 @@ def _dynamic(
             if is_local(each):
                 raise ValueError(f"{path}: {each} cannot grow and drop: give units of the leaf")
         check_ends(schedule, leaves, structures, allocation)
-        everything = {path: jnp.ones_like(leaf, bool) for path, leaf in leaves.items()}
+        everything = masked.keep_all(leaves)
         return State({}, DynamicBuffers(jnp.zeros((), jnp.int32), everything))
 
-    @jax.jit
     def advance(leaves: Any, gradients: Any, buffers: DynamicBuffers) -> DynamicBuffers:
         step, masks = buffers
         structures = resolve(structure, leaves)
@@ -208,12 +208,7 @@ def _dynamic(
         masks = jax.lax.switch(branch, [start, change, lambda: masks])
         return DynamicBuffers(jnp.asarray(optax.safe_increment(step)), masks)
 
-    def update(params: Params, state: State, grads: Params) -> State:
-        leaves = tree_lib.take_like(params, state.buffers.masks)
-        gradients = None if grads is None else tree_lib.take(grads, leaves)
-        return State({}, advance(leaves, gradients, state.buffers))
-
-    method = masked.masked_method(init, update, structure)
+    method = masked.masked_method(init, masked.update_of(advance), structure)
     return method._replace(restart=masked.changed)
 
 

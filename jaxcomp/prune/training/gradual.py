@@ -90,12 +90,11 @@ def gradual(
         leaves = tree_lib.select(params)
         structures = resolve(structure, leaves)
         check_ends(schedule, leaves, structures, allocation)
-        kept = {path: jnp.ones_like(leaf, bool) for path, leaf in leaves.items()}
+        kept = masked.keep_all(leaves)
         zero = jnp.zeros((), jnp.int32)
         remembered = masked.begin_keeping(score, leaves)
         return State({}, GradualBuffers(zero, zero.astype(jnp.float32), kept, remembered))
 
-    @jax.jit
     def advance(leaves: Any, gradients: Any, buffers: GradualBuffers) -> GradualBuffers:
         step, reached, masks, kept = buffers
         structures = resolve(structure, leaves)
@@ -112,9 +111,4 @@ def gradual(
         step = jnp.asarray(optax.safe_increment(step))
         return GradualBuffers(step, reached, masks, kept)
 
-    def update(params: Params, state: State, grads: Params) -> State:
-        leaves = tree_lib.take_like(params, state.buffers.masks)
-        gradients = None if grads is None else tree_lib.take(grads, leaves)
-        return State({}, advance(leaves, gradients, state.buffers))
-
-    return masked.masked_method(init, update, structure)
+    return masked.masked_method(init, masked.update_of(advance), structure)

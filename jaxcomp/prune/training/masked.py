@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
@@ -53,6 +54,38 @@ def masked_method(
         return pack_masked(params, apply(params, state), state.buffers.masks, structure)
 
     return Compression(init, apply, update, pack, project=apply, apply_projected=keep)
+
+
+def keep_all(leaves: Mapping[str, Any]) -> Masks:
+    """Masks that remove nothing, by path.
+
+    Example:
+        >>> keep_all({"kernel": jnp.ones(2)})
+        {'kernel': Array([ True,  True], dtype=bool)}
+    """
+    return {path: jnp.ones_like(leaf, bool) for path, leaf in leaves.items()}
+
+
+def update_of(
+    advance: Callable[[Any, Any, Any], Any],
+) -> Callable[[Params, State, Params], State]:
+    """The ``update`` of a method that learns nothing and whose buffers hold ``masks`` by path.
+
+    Args:
+        advance: ``advance(leaves, gradients, buffers) -> buffers``, of the leaves that have masks
+            and their gradients (None without); it is compiled.
+
+    Returns:
+        As in the protocol.
+    """
+    compiled = jax.jit(advance)
+
+    def update(params: Params, state: State, grads: Params) -> State:
+        leaves = tree_lib.take_like(params, state.buffers.masks)
+        gradients = None if grads is None else tree_lib.take(grads, leaves)
+        return State({}, compiled(leaves, gradients, state.buffers))
+
+    return update
 
 
 def pack_masked(params: Params, zeroed: Params, masks: Masks, structure: Structures) -> Any:

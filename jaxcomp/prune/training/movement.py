@@ -22,7 +22,7 @@ from jaxcomp.prune.masks import Structures, check_ends, renew, resolve, zero_out
 from jaxcomp.prune.schedules import Schedule
 from jaxcomp.prune.structures import Element, Structure
 from jaxcomp.prune.training.learned import nudge
-from jaxcomp.prune.training.masked import check_every, packed
+from jaxcomp.prune.training.masked import check_every, keep_all, packed
 
 
 class MovementBuffers(NamedTuple):
@@ -82,7 +82,7 @@ def movement(
     def init(params: Params) -> State:
         leaves = tree_lib.select(params)
         check_ends(schedule, leaves, resolve(structure, leaves), allocation)
-        kept = {path: jnp.ones_like(leaf, bool) for path, leaf in leaves.items()}
+        kept = keep_all(leaves)
         return State(_scores(leaves, 0.0), MovementBuffers(jnp.zeros((), jnp.int32), kept))
 
     def apply(params: Params, state: State) -> Params:

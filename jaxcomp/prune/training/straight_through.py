@@ -88,7 +88,7 @@ def straight_through(
     def init(params: Params) -> State:
         leaves = tree_lib.select(params)
         check_ends(schedule, leaves, resolve(structure, leaves), allocation)
-        everything = {path: jnp.ones_like(leaf, bool) for path, leaf in leaves.items()}
+        everything = masked.keep_all(leaves)
         remembered = masked.begin_keeping(score, leaves)
         return State({}, StraightThroughBuffers(jnp.zeros((), jnp.int32), everything, remembered))
 
@@ -98,7 +98,6 @@ def straight_through(
         seen = {path: _through(decay, leaf, masks[path]) for path, leaf in leaves.items()}
         return tree_lib.replace(params, seen)
 
-    @jax.jit
     def advance(leaves: Any, gradients: Any, buffers: StraightThroughBuffers) -> Any:
         step, masks, kept = buffers
         structures = resolve(structure, leaves)
@@ -114,15 +113,10 @@ def straight_through(
         masks = jax.lax.cond(due, again, lambda: masks)
         return StraightThroughBuffers(jnp.asarray(optax.safe_increment(step)), masks, kept)
 
-    def update(params: Params, state: State, grads: Params) -> State:
-        leaves = tree_lib.take_like(params, state.buffers.masks)
-        gradients = None if grads is None else tree_lib.take(grads, leaves)
-        return State({}, advance(leaves, gradients, state.buffers))
-
     def pack(params: Params, state: State) -> Any:
         return masked.pack_masked(params, apply(params, state), state.buffers.masks, structure)
 
-    return Compression(init, apply, update, pack)
+    return Compression(init, apply, masked.update_of(advance), pack)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -164,8 +164,9 @@ def test_what_cannot_be_is_refused():
         prune.rigl(0.5, 0, key=key)
     with pytest.raises(ValueError, match="end must be at least 1"):
         prune.sparse_evolution(0.5, end=0, key=key)
-    with pytest.raises(TypeError, match="PRNG key"):
-        prune.rigl(0.5, 10, key=0)
+    for bad in (0, jax.random.split(key)):
+        with pytest.raises(TypeError, match="one PRNG key"):
+            prune.rigl(0.5, 10, key=bad)
     with pytest.raises(ValueError, match=r"in \[0, 1\)"):
         prune.sparse_evolution(1.0, key=key)
     method = prune.rigl(0.5, 10, key=key, structure=NM(1, 2))
