@@ -151,7 +151,7 @@ def check_structure(path: str, structure: Any, shape: tuple[int, ...]) -> None:
                 )
     elif isinstance(structure, (Element, Channel, Kernel)):
         axes = _own_axes(structure)
-        if structure == Element():
+        if isinstance(structure, Element) and structure.within is None:
             return
         if any(not -len(shape) <= axis < len(shape) for axis in axes):
             raise ValueError(f"{path}: {structure} names an axis that shape {shape} lacks")
