@@ -10,6 +10,8 @@ plain SGD this is proximal gradient descent, which converges to a minimum of los
 behind momentum or Adam it is the same step after theirs, and shrinks every weight alike, whatever
 its own step size. A zero may grow again; to train on with the zeros as they are, and to ship them
 as sparse leaves, wrap the optimizer with ``prune.keep_zeros()`` from then on.
+
+Numbers that change in training: ``optax.inject_hyperparams(proximal.l1, static_args="where")``.
 """
 
 from collections.abc import Callable
@@ -28,7 +30,8 @@ from jaxcomp.prune.masks import Structures
 from jaxcomp.prune.penalties import Where, root_mean_squares, unit_structures
 from jaxcomp.prune.structures import spread
 
-LearningRate = float | Callable[[Any], Any]
+Number = float | Array
+LearningRate = Number | Callable[[Any], Any]
 Operator = Callable[[tree_lib.Leaves, Any], dict[str, Array]]
 
 
@@ -43,7 +46,7 @@ class ProximalState(NamedTuple):
 
 
 def l1(
-    strength: float, learning_rate: LearningRate, where: Where = tree_lib.is_weight
+    strength: Number, learning_rate: LearningRate, where: Where = tree_lib.is_weight
 ) -> optax.GradientTransformation:
     """Move weights toward zero by ``learning_rate * strength``, and none past it.
 
@@ -79,7 +82,7 @@ def l1(
 
 
 def l2(
-    strength: float, learning_rate: LearningRate, where: Where = tree_lib.is_weight
+    strength: Number, learning_rate: LearningRate, where: Where = tree_lib.is_weight
 ) -> optax.GradientTransformation:
     """Divide weights by ``1 + 2 * learning_rate * strength``; stable at any strength.
 
@@ -112,7 +115,7 @@ def l2(
 
 
 def group_lasso(
-    strength: float,
+    strength: Number,
     learning_rate: LearningRate,
     structure: Structures,
     where: Where = tree_lib.is_weight,
@@ -161,7 +164,7 @@ def group_lasso(
 
 
 def _transformation(
-    operator: Operator, strength: float, learning_rate: LearningRate, where: Where
+    operator: Operator, strength: Number, learning_rate: LearningRate, where: Where
 ) -> optax.GradientTransformation:
     _check_number("strength", strength)
     if not callable(learning_rate):
@@ -215,6 +218,9 @@ def _weights(params: Any, where: Where) -> tuple[tree_lib.Leaves, dict[str, str]
 
 
 def _check_number(name: str, value: Any) -> None:
+    # A scalar array is not looked at: under `inject_hyperparams` it is traced.
+    if isinstance(value, jax.Array) and value.ndim == 0:
+        return
     if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
         raise TypeError(f"{name} must be a number, such as 1e-4, not {value!r}")
     if not (np.isfinite(value) and value >= 0):

@@ -226,3 +226,17 @@ def test_bad_arguments_and_trees_are_refused():
         proximal.group_lasso(0.1, 0.1, Block((3, 3))).init(params)
     with pytest.raises(ValueError, match="no weight"):
         proximal.l1(0.1, 0.1).init({"bias": jnp.ones(3)})
+
+
+def test_strength_and_rate_can_be_injected_and_changed_inside_jit():
+    tx = optax.inject_hyperparams(proximal.l1, static_args="where")(
+        strength=0.5, learning_rate=optax.linear_schedule(1.0, 0.0, 2)
+    )
+    params, state = {"kernel": jnp.array([[2.0, -2.0]])}, None
+    state, update, reached = tx.init(params), jax.jit(tx.update), []
+    for strength in (0.5, 1.0):
+        state.hyperparams["strength"] = jnp.float32(strength)
+        updates, state = update(jax.tree.map(jnp.zeros_like, params), state, params)
+        params = optax.apply_updates(params, updates)
+        reached.append(params["kernel"].tolist())
+    assert reached == [[[1.5, -1.5]], [[1.0, -1.0]]]
