@@ -40,10 +40,6 @@ CASES = [
     Case("prune-layer", pruner, removes=True),
     Case("prune-global", lambda: pruner("global"), removes=True),
     Case(
-        "prune-runs",
-        lambda: pruner(sparsity=0.5, structure=prune.NM(1, 2)),
-    ),
-    Case(
         "prune-blocks",
         lambda: prune.gradual(
             prune.scores.movement(),
@@ -53,7 +49,6 @@ CASES = [
         ),
     ),
     Case("keep-zeros", prune.keep_zeros),
-    Case("rigl", lambda: prune.rigl(0.6, end=5, every=2, fraction=0.5, key=jax.random.key(3))),
     Case(
         "set",
         lambda: prune.sparse_evolution(
