@@ -56,7 +56,8 @@ def rigl(
     The first update makes random masks. Then, every ``every`` steps before ``end``, a fraction of
     the weights that are there, falling as a cosine from ``fraction`` to 0, changes place. The
     gradient of absent weights costs nothing extra: they are zeros in the forward pass, and its
-    gradient is taken with respect to them all the same.
+    gradient is taken with respect to them all the same. A state that is resumed with another
+    ``sparsity`` or ``key`` keeps the masks that it has, and so their number.
 
     Args:
         sparsity: fraction absent, in [0, 1).

@@ -61,8 +61,8 @@ def gradual(
         A method; it packs to :class:`SparseArray`, or :class:`NMSparseArray` and
         :class:`BlockSparseArray` where the structure is such. Under ``vmap`` every step pays for a
         mask update. Its ``init`` raises ``ValueError`` for a structure that does not fit a leaf,
-        and for a final sparsity that would leave a leaf empty (a global threshold or ``lamp``
-        cannot be foreseen: look at the masks).
+        and for a final sparsity that is more than :class:`NM` removes or would leave a leaf empty
+        (a global threshold or ``lamp`` cannot be foreseen: look at the masks).
 
     Raises:
         TypeError: score or schedule is not a function, ``allocation`` no :class:`Allocation`.

@@ -58,6 +58,20 @@ def test_weights_come_back_at_zero_to_an_optimizer_that_forgot_them():
     assert back > 0
 
 
+def test_a_state_resumed_past_the_end_in_a_dense_phase_becomes_sparse_at_once():
+    params, sizes = methods.params(), []
+    first = prune.alternating(0.5, begin=0, end=100, sparse_steps=1, dense_steps=4)
+    state = first.init(params)
+    for _ in range(3):
+        state = first.update(params, state, None)
+    assert bool(jnp.all(state.buffers.masks["first/kernel"]))
+    other = prune.alternating(0.75, begin=0, end=2, sparse_steps=1, dense_steps=4)
+    for _ in range(3):
+        state = other.update(params, state, None)
+        sizes.append(int(jnp.sum(state.buffers.masks["first/kernel"])))
+    assert sizes == [12, 12, 12]
+
+
 def test_alternating_refuses_phases_without_steps():
     for bad in ({"sparse_steps": 0}, {"dense_steps": 0}, {"end": 1}, {"begin": -1}):
         numbers = {"begin": 2, "end": 9, "sparse_steps": 2, "dense_steps": 2} | bad

@@ -154,6 +154,25 @@ def test_a_block_comes_and_goes_whole():
     assert len(seen) == 4
 
 
+def test_a_state_resumed_otherwise_keeps_its_number_of_weights():
+    key, params = jax.random.key(0), kernels()
+    first = prune.rigl(0.5, end=100, every=2, key=key)
+    state = first.init(params)
+    for step in range(5):
+        state = first.update(params, state, kernels(step))
+    other = prune.rigl(0.8, end=7, every=3, fraction=0.9, key=jax.random.key(1))
+    masks, moved = state.buffers.masks, []
+    for step in range(5, 13):
+        state = other.update(params, state, kernels(step))
+        for path, mask in state.buffers.masks.items():
+            assert np.sum(mask) == np.sum(masks[path])
+        if any(np.any(mask != masks[path]) for path, mask in state.buffers.masks.items()):
+            moved.append(step)
+        masks = state.buffers.masks
+    # Every third step before its own end, and none at 9 and 12.
+    assert moved == [6]
+
+
 def test_what_cannot_be_is_refused():
     key = jax.random.key(0)
     with pytest.raises(ValueError, match="global_threshold ranks scores"):
