@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxcomp.prune.checks import check_key, is_number
 from jaxcomp.prune.widened import wide, wide_evidence, wide_zeros
 
 
@@ -48,7 +49,7 @@ def running_fisher(decay: float | None = None, *, weighted: bool = False) -> Run
         A running score that keeps one float32 array a leaf.
 
     Raises:
-        ValueError: the decay is outside of [0, 1).
+        ValueError: the decay is no number in [0, 1).
 
     Example:
         >>> score, weight = running_fisher(weighted=True), jnp.array([-2.0, 1.0])
@@ -58,7 +59,7 @@ def running_fisher(decay: float | None = None, *, weighted: bool = False) -> Run
         >>> score.score(weight, kept)
         Array([2., 5.], dtype=float32)
     """
-    if decay is not None and not 0 <= decay < 1:
+    if decay is not None and not (is_number(decay) and 0 <= decay < 1):
         raise ValueError(f"decay is {decay}: give a number in [0, 1), or None for the plain sum")
 
     def accumulate(kept: Any, weight: Any, gradient: Any) -> Any:
@@ -109,12 +110,16 @@ def random(key: Any) -> RunningScore:
     Returns:
         A running score that keeps one integer a leaf.
 
+    Raises:
+        TypeError: the key is not one PRNG key.
+
     Example:
         >>> score, weight = random(jax.random.key(0)), jnp.ones(1000)
         >>> scores = score.score(weight, score.init("kernel", weight))
         >>> scores.shape, bool(jnp.all((scores >= 0) & (scores < 1)))
         ((1000,), True)
     """
+    check_key(key)
 
     def init(path: str, weight: Any) -> Any:
         del weight

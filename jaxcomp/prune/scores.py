@@ -38,7 +38,7 @@ import numpy as np
 from jaxtyping import Array, Real
 
 from jaxcomp.prune.running_scores import RunningScore, movement, random, running_fisher
-from jaxcomp.prune.widened import wide, wide_evidence
+from jaxcomp.prune.widened import check_leaf, wide, wide_evidence
 
 __all__ = [
     "RunningScore",
@@ -84,6 +84,7 @@ def magnitude(weight: Leaf, gradient: Evidence = None) -> Scores:
         Han et al. 2015, *Learning both Weights and Connections*, section 3.
     """
     del gradient
+    check_leaf(weight)
     return jnp.abs(weight)
 
 

@@ -12,8 +12,28 @@ def wide(x: Any) -> Any:
         >>> wide(jnp.ones(2, jnp.bfloat16)).dtype, wide(jnp.ones(2, int)).dtype
         (dtype('float32'), dtype('float32'))
     """
+    check_leaf(x)
     x = jnp.asarray(x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def check_leaf(x: Any) -> None:
+    """Raise unless a score is given an array.
+
+    Raises:
+        TypeError: it is given something else, such as a whole tree.
+
+    Example:
+        >>> check_leaf({"kernel": jnp.ones(2)})
+        Traceback (most recent call last):
+        ...
+        TypeError: a score takes the arrays of one leaf, not {'kernel': ...}: for a tree, ...
+    """
+    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+        raise TypeError(
+            f"a score takes the arrays of one leaf, not {x!r:.60}: for a tree, "
+            "jax.tree.map(score, params, evidence)"
+        )
 
 
 def wide_zeros(leaf: Any) -> Any:
@@ -36,7 +56,8 @@ def wide_evidence(weight: Any, evidence: Any, score: str, what: str) -> Any:
         what: what it is, for messages.
 
     Raises:
-        ValueError: it is None, or does not broadcast to the leaf's shape.
+        TypeError: one of them is no array.
+        ValueError: the evidence is None, or does not broadcast to the leaf's shape.
 
     Example:
         >>> wide_evidence(jnp.ones(2), None, "taylor", "a gradient")
@@ -46,10 +67,15 @@ def wide_evidence(weight: Any, evidence: Any, score: str, what: str) -> Any:
     """
     if evidence is None:
         raise ValueError(f"{score} reads {what} of each leaf, and got None: pass it")
+    check_leaf(weight)
+    check_leaf(evidence)
     shape = tuple(evidence.shape)
     missing = len(weight.shape) - len(shape)
     if missing < 0 or any(
         size not in (1, full) for size, full in zip(shape, weight.shape[missing:], strict=True)
     ):
-        raise ValueError(f"{score}: evidence of shape {shape} for a leaf of shape {weight.shape}")
+        raise ValueError(
+            f"{score}: evidence of shape {shape} for a leaf of shape {tuple(weight.shape)}: give "
+            "one number for each weight, or what broadcasts to that"
+        )
     return wide(evidence)

@@ -12,6 +12,7 @@ from jaxcomp.model.observe import observe
 from jaxcomp.model.statistics import mean_square
 from jaxcomp.model.trace import trace
 from jaxcomp.prune.channels.groups import Need
+from jaxcomp.prune.checks import check_function, one_number
 from jaxcomp.prune.post_training.batches import add_up, spread
 
 
@@ -58,12 +59,15 @@ def gather_evidence(
         The evidence.
 
     Raises:
+        TypeError: the loss is no function, or gives something else than one floating number.
         ValueError: something is needed and was not given, or given and not needed.
     """
     gradients = needs & {"gradients", "squared_gradients"}
     observes = "activations" in needs
     if gradients and loss is None:
         raise ValueError("this score reads gradients: pass loss, a function of (params, *batch)")
+    if loss is not None:
+        check_function("loss", loss, "(params, *batch) that returns one number")
     if (gradients or observes) and batches is None:
         raise ValueError("this score reads data: pass batches, an iterable of tuples")
     if "key" in needs and key is None:
@@ -94,7 +98,8 @@ def _gradients(
         return tree_lib.Leaves((p, x) for p, x in leaves if jnp.issubdtype(x.dtype, jnp.inexact))
 
     def term(params: Any, number: Any, *batch: Any) -> Any:
-        gradient = flatten(jax.grad(loss, allow_int=True)(params, *batch))
+        number_of = lambda params: one_number(loss(params, *batch))
+        gradient = flatten(jax.grad(number_of, allow_int=True)(params))
         wide = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), gradient)
         return wide, jax.tree.map(lambda x: jnp.abs(x) ** 2, wide)
 

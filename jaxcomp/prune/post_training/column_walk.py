@@ -21,6 +21,7 @@ from jaxcomp.kernels.threshold import (
     smallest_masks,
     sortable_bits,
 )
+from jaxcomp.prune.checks import check_count
 from jaxcomp.prune.post_training.obs import (
     PER_OUTPUT,
     PrunedMatrix,
@@ -59,8 +60,9 @@ def sparsegpt_matrix(
         The new matrix and its mask.
 
     Raises:
+        TypeError: something is no array or no number.
         ValueError: shapes that do not fit, NaN or infinite values, a sparsity outside [0, 1) or
-            missing, another structure, N:M that does not divide the features.
+            missing, another structure, N:M that does not divide the features, a damping below 0.
 
     Example:
         The second feature repeats the first, which can take its weight over:
@@ -73,7 +75,7 @@ def sparsegpt_matrix(
     Source: Frantar & Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in
     One-Shot", 2023, Algorithm 1.
     """
-    check_matrix(weight, second_moment)
+    check_matrix(weight, second_moment, damping)
     known = check_matrix_structure("weight", structure, weight.shape)
     features, outputs = weight.shape
     counts = block_counts(sparsity, known, features, outputs, block_size)[0]
@@ -144,7 +146,7 @@ def block_counts(
     blocks = -(-features // size)
     ends = np.minimum(np.arange(1, blocks + 1) * size, features)
     if isinstance(structure, NM):
-        lost = _lost_of_run(sparsity, structure)
+        lost = lost_of_run(sparsity, structure)
         return jnp.broadcast_to(jnp.asarray(lost, jnp.uint32), (matrices, blocks))
     if sparsity is None:
         raise ValueError(f"{structure} needs a sparsity: pass a fraction removed, in [0, 1)")
@@ -163,7 +165,16 @@ def block_counts(
     return jnp.diff(totals, prepend=jnp.zeros(1, jnp.uint32)).reshape(matrices, blocks)
 
 
-def _lost_of_run(sparsity: Any, structure: NM) -> int:
+def lost_of_run(sparsity: Any, structure: NM) -> int:
+    """How many of a run of m go at a sparsity; all but n at None.
+
+    Raises:
+        ValueError: fewer than n would stay.
+
+    Example:
+        >>> lost_of_run(None, NM(2, 4)), lost_of_run(0.25, NM(2, 4))
+        (2, 1)
+    """
     lost = structure.m - structure.n
     if sparsity is None:
         return lost
@@ -177,8 +188,7 @@ def _lost_of_run(sparsity: Any, structure: NM) -> int:
 
 
 def _block_of(structure: Element | NM, features: int, block_size: int) -> int:
-    if block_size < 1:
-        raise ValueError(f"block_size must be at least 1, not {block_size}")
+    check_count("block_size", block_size)
     size = min(block_size, features)
     return max(size // structure.m, 1) * structure.m if isinstance(structure, NM) else size
 

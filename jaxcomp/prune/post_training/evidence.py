@@ -14,9 +14,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxcomp import tree as tree_lib
 from jaxcomp.arrays import is_compressed
+from jaxcomp.prune.checks import (
+    check_count,
+    check_function,
+    check_key,
+    check_leaves,
+    one_number,
+)
 from jaxcomp.prune.post_training.batches import add_up, checked
 from jaxcomp.prune.post_training.input_norms import input_norms
 from jaxcomp.prune.widened import wide, wide_zeros
@@ -41,7 +49,7 @@ def gradients(
 
     Args:
         loss: ``loss(params, *batch) -> scalar``.
-        params: any tree; leaves that are no floats have no gradient, and get zeros.
+        params: any tree; leaves that are no floating arrays get zeros.
         batches: an iterable.
         progress: whether to show a progress bar on stderr; None: on a terminal, if it takes long.
 
@@ -50,14 +58,15 @@ def gradients(
 
     Raises:
         ValueError: there are no batches, or a gradient is NaN or infinite; names leaf and batch.
-        TypeError: ``batches`` is one array, or no iterable; a leaf is compressed or complex.
+        TypeError: ``batches`` is one array, or no iterable; a leaf is compressed, complex
+            or no array; the loss is no function, or returns something else than one number.
 
     Example:
         >>> loss = lambda params, x: jnp.sum(params["kernel"] * x)
         >>> gradients(loss, {"kernel": jnp.ones(2)}, [jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0])])
         {'kernel': Array([2., 3.], dtype=float32)}
     """
-    floats = _floats(params)
+    floats = _floats(loss, params)
 
     def term(params: Any, number: Any, *batch: Any) -> Any:
         return (jax.grad(_of_floats(loss, params, batch))(tree_lib.take(params, floats)),)
@@ -77,7 +86,7 @@ def squared_gradients(
 
     Args:
         loss: ``loss(params, *batch) -> scalar``.
-        params: any tree; leaves that are no floats have no gradient, and get zeros.
+        params: any tree; leaves that are no floating arrays get zeros.
         batches: an iterable.
         progress: whether to show a progress bar on stderr; None: on a terminal, if it takes long.
 
@@ -86,7 +95,8 @@ def squared_gradients(
 
     Raises:
         ValueError: there are no batches, or a gradient is NaN or infinite; names leaf and batch.
-        TypeError: ``batches`` is one array, or no iterable; a leaf is compressed or complex.
+        TypeError: ``batches`` is one array, or no iterable; a leaf is compressed, complex
+            or no array; the loss is no function, or returns something else than one number.
 
     Example:
         >>> loss = lambda params, x: jnp.sum(params["kernel"] * x)
@@ -94,7 +104,7 @@ def squared_gradients(
         >>> squared_gradients(loss, params, batches)
         {'kernel': Array([5.], dtype=float32)}
     """
-    floats = _floats(params)
+    floats = _floats(loss, params)
 
     def term(params: Any, number: Any, *batch: Any) -> Any:
         found = jax.grad(_of_floats(loss, params, batch))(tree_lib.take(params, floats))
@@ -122,7 +132,7 @@ def hessian_diagonal(
 
     Args:
         loss: ``loss(params, *batch) -> scalar``, twice differentiable.
-        params: any tree; leaves that are no floats get zeros.
+        params: any tree; leaves that are no floating arrays get zeros.
         batches: an iterable.
         key: from ``jax.random.key``.
         samples: of ``v`` for each batch; each costs about two gradients.
@@ -134,7 +144,8 @@ def hessian_diagonal(
     Raises:
         ValueError: there are no batches or samples, or a product is NaN or infinite; names leaf and
             batch.
-        TypeError: ``batches`` is one array, or no iterable; a leaf is compressed or complex.
+        TypeError: ``batches`` is one array, or no iterable; a leaf is compressed, complex
+            or no array; the loss is no function, or returns something else than one number.
 
     Example:
         >>> loss = lambda params, x: jnp.sum(x * params["kernel"] ** 2)
@@ -146,9 +157,9 @@ def hessian_diagonal(
         Bekas, Kokiopoulou and Saad 2007, *An estimator for the diagonal of a matrix*, section 2;
         the estimator of the trace is Hutchinson's, 1990.
     """
-    if samples < 1:
-        raise ValueError(f"samples is {samples}: at least 1 is needed")
-    floats = _floats(params)
+    check_count("samples", samples)
+    check_key(key)
+    floats = _floats(loss, params)
 
     def term(params: Any, number: Any, *batch: Any) -> Any:
         slope = jax.grad(_of_floats(loss, params, batch))
@@ -182,7 +193,7 @@ def hessian_times_gradient(
 
     Args:
         loss: ``loss(params, *batch) -> scalar``, twice differentiable.
-        params: any tree; leaves that are no floats get zeros.
+        params: any tree; leaves that are no floating arrays get zeros.
         batches: an iterable that gives the same batches again, such as a list; no generator.
         progress: whether to show a progress bar on stderr; None: on a terminal, if it takes long.
 
@@ -202,7 +213,7 @@ def hessian_times_gradient(
     """
     if iter(checked(batches)) is batches:
         raise TypeError("batches is read twice: give a list, or an iterable that starts anew")
-    floats = _floats(params)
+    floats = _floats(loss, params)
     mean = tree_lib.take(gradients(loss, params, batches, progress=progress), floats)
     direction = jax.tree.map(lambda g, leaf: g.astype(leaf.dtype), mean, floats)
 
@@ -216,15 +227,18 @@ def hessian_times_gradient(
     return _like(params, total, count)
 
 
-def _floats(params: Any) -> tree_lib.Leaves:
+def _floats(loss: Loss, params: Any) -> tree_lib.Leaves:
     """The leaves that have gradients."""
+    check_function("loss", loss, "(params, *batch) that returns one number")
+    check_leaves(params)
     found = tree_lib.Leaves()
     for path, leaf in tree_lib.flatten(params).items():
         if is_compressed(leaf):
             raise TypeError(f"{path}: already compressed ({leaf!r}): decode it first")
-        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-            raise TypeError(f"{path}: {leaf.dtype} has no gradient that scores can read")
-        if jnp.issubdtype(leaf.dtype, jnp.floating):
+        dtype = getattr(leaf, "dtype", np.dtype(type(leaf)))
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            raise TypeError(f"{path}: {dtype} has no gradient that scores can read")
+        if hasattr(leaf, "dtype") and jnp.issubdtype(dtype, jnp.floating):
             found[path] = leaf
     if not found:
         raise ValueError("the tree has no floating leaf: there is nothing to differentiate")
@@ -232,7 +246,7 @@ def _floats(params: Any) -> tree_lib.Leaves:
 
 
 def _of_floats(loss: Loss, params: Any, batch: tuple[Any, ...]) -> Callable[[Any], Any]:
-    return lambda floats: loss(tree_lib.replace(params, floats), *batch)
+    return lambda floats: one_number(loss(tree_lib.replace(params, floats), *batch))
 
 
 def _like(params: Any, totals: tree_lib.Leaves, count: int) -> Any:
@@ -240,5 +254,5 @@ def _like(params: Any, totals: tree_lib.Leaves, count: int) -> Any:
     leaves = {path: total / count for path, total in totals.items()}
     for path, leaf in tree_lib.flatten(params).items():
         if path not in leaves:
-            leaves[path] = jnp.zeros(leaf.shape, jnp.float32)
+            leaves[path] = jnp.zeros(np.shape(leaf), jnp.float32)
     return tree_lib.replace(params, leaves)

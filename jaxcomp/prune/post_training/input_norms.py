@@ -13,6 +13,7 @@ from jaxcomp.model.observe import observe
 from jaxcomp.model.statistics import Statistic, mean_square
 from jaxcomp.model.trace import trace
 from jaxcomp.model.uses import Use
+from jaxcomp.prune.checks import as_patterns, check_leaves
 from jaxcomp.prune.post_training.batches import peek, spread
 
 
@@ -90,18 +91,20 @@ def choose(params: Any, paths: str | Sequence[str] | None) -> tree_lib.Leaves:
         A selection, in the order of the tree.
 
     Raises:
-        ValueError: a pattern matches no leaf, or there is no weight; a leaf is not finite.
-        TypeError: a leaf is not a floating array.
+        ValueError: a pattern matches no leaf, or there is none; there is no weight; a leaf is not
+            finite.
+        TypeError: a leaf is no array, or a chosen one not of floats; ``paths`` are no patterns.
 
     Example:
         >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
         >>> list(choose(params, None)), list(choose(params, "b*"))
         (['kernel'], ['bias'])
     """
+    check_leaves(params)
     if paths is None:
         return tree_lib.select(params)
     leaves = tree_lib.flatten(params)
-    named = tree_lib.assign([paths] if isinstance(paths, str) else paths, leaves)
+    named = tree_lib.assign(as_patterns(paths), leaves)
     return tree_lib.select(tree_lib.Leaves((p, leaf) for p, leaf in leaves.items() if p in named))
 
 

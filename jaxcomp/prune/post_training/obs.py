@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
+from jaxcomp.prune.checks import check_amount, check_count
 from jaxcomp.prune.structures import Element
 
 # Ways to say that the weights of each output compete among themselves.
@@ -39,7 +41,6 @@ class PrunedMatrix(NamedTuple):
     mask: Bool[Array, "features outputs"]
 
 
-@jax.jit
 def repair(
     weight: Float[Any, "features outputs"],
     second_moment: Float[Any, "features features"],
@@ -59,6 +60,10 @@ def repair(
     Returns:
         float32, zero where removed. An output that loses nothing is returned as it is.
 
+    Raises:
+        TypeError: the mask is not of booleans.
+        ValueError: shapes that do not fit, NaN or infinite values, a known damping below 0.
+
     Example:
         >>> moment = jnp.array([[1.0, 0.5], [0.5, 1.0]])
         >>> mask = jnp.array([[True], [False]])
@@ -69,6 +74,16 @@ def repair(
     Source: Hassibi & Stork, "Second Order Derivatives for Network Pruning: Optimal Brain Surgeon",
     1993, for all removed weights of an output at once.
     """
+    check_matrix(weight, second_moment, damping)
+    if mask.dtype != bool:
+        raise TypeError(f"mask must be booleans, True where kept, not {mask.dtype}")
+    if mask.shape != weight.shape:
+        raise ValueError(f"a mask of shape {mask.shape} does not fit a weight of {weight.shape}")
+    return _repair(weight, second_moment, mask, damping)
+
+
+@jax.jit
+def _repair(weight: Array, second_moment: Array, mask: Array, damping: Any) -> Array:
     features, outputs = weight.shape
     moment, correlation, spread = _normalized(second_moment, damping)
 
@@ -115,8 +130,9 @@ def optimal_brain_surgeon(
         The new matrix and its mask.
 
     Raises:
+        TypeError: a known count is no whole number.
         ValueError: shapes that do not fit, NaN or infinite values, another structure, a known count
-            below 0 or above what there is.
+            below 0 or above what there is, a damping below 0.
 
     Example:
         >>> moment = jnp.array([[1.0, 0.9], [0.9, 1.0]])
@@ -128,12 +144,15 @@ def optimal_brain_surgeon(
     Source: Hassibi & Stork 1993; Frantar, Singh & Alistarh, "Optimal Brain Compression", 2022,
     section 4 (ExactOBS), for the outputs apart.
     """
-    check_matrix(weight, second_moment)
+    check_matrix(weight, second_moment, damping)
     if structure != Element() and structure not in PER_OUTPUT:
         raise ValueError(f"{structure}: give Element() or Element(within=-1)")
     most = weight.shape[0] if structure in PER_OUTPUT else weight.size
-    if not isinstance(count, Tracer) and not 0 <= int(count) <= most:
-        raise ValueError(f"count is {count}, but there are {most} weights to remove from")
+    if not isinstance(count, Tracer):
+        known = count.item() if hasattr(count, "item") and np.shape(count) == () else count
+        check_count("count", known, least=0)
+        if known > most:
+            raise ValueError(f"count is {count}, but there are {most} weights to remove from")
     return _one_by_one(weight, second_moment, count, damping, structure)
 
 
@@ -171,7 +190,7 @@ def _one_by_one(
     values = weight.astype(jnp.float32).T
     kept = run(values) if structure == Element() else lax.map(lambda v: run(v[None])[0], values)
     # Many small corrections gather rounding; the values of the mask are found anew.
-    return PrunedMatrix(repair(weight, moment, kept.T, damping), kept.T)
+    return PrunedMatrix(_repair(weight, moment, kept.T, damping), kept.T)
 
 
 @jax.jit
@@ -263,15 +282,17 @@ def dot(a: Array, b: Array) -> Array:
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
-def check_matrix(weight: Any, second_moment: Any) -> None:
-    """Raise unless a matrix and a second moment fit, and are finite where they are known.
+def check_matrix(weight: Any, second_moment: Any, damping: Any = 0.0) -> None:
+    """Raise unless a matrix and a second moment fit, and all is in range where it is known.
 
     Args:
         weight: ``(features, outputs)``.
         second_moment: ``(features, features)``.
+        damping: at least 0.
 
     Raises:
-        ValueError: they do not.
+        TypeError: one is no array, or the damping no number.
+        ValueError: they do not fit, or are NaN, infinite or negative.
 
     Example:
         >>> check_matrix(jnp.ones((3, 2)), jnp.ones((2, 2)))
@@ -279,6 +300,11 @@ def check_matrix(weight: Any, second_moment: Any) -> None:
         ...
         ValueError: weight (3, 2) and second moment (2, 2): (features, outputs) and ...
     """
+    for name, array in (("weight", weight), ("second_moment", second_moment)):
+        if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+            raise TypeError(f"{name} must be an array, not {array!r:.60}")
+    if not isinstance(damping, Tracer):
+        check_amount("damping", damping)
     if weight.ndim != 2 or second_moment.shape != (weight.shape[0],) * 2:
         raise ValueError(
             f"weight {weight.shape} and second moment {second_moment.shape}: (features, outputs) "

@@ -16,12 +16,13 @@ from jaxcomp import tree as tree_lib
 from jaxcomp.model.progress import watched
 from jaxcomp.prune import scores as scores_lib
 from jaxcomp.prune.allocation import uniform
-from jaxcomp.prune.masks import Structures, renew, resolve, zero_out
+from jaxcomp.prune.checks import check_count, check_function
+from jaxcomp.prune.masks import Structures, renew, zero_out
 from jaxcomp.prune.post_training import study
-from jaxcomp.prune.resuming import file_in
+from jaxcomp.prune.post_training.column_walk import lost_of_run
 from jaxcomp.prune.schedules import check_sparsity
 from jaxcomp.prune.scores import Score
-from jaxcomp.prune.structures import Element, Structure
+from jaxcomp.prune.structures import NM, Element, Structure
 
 FILE = "sensitivity.jxc"
 MEMORY = 2**30  # bytes that a batch of candidates may take, by estimate
@@ -122,10 +123,10 @@ def sensitivity(
 
     Raises:
         TypeError: ``evaluate`` or the score is no function, ``evaluate`` returns no real number, or
-            ``at_once`` is above 1 and it cannot be traced.
+            ``at_once`` is above 1 and it cannot be traced; a number is none.
         ValueError: ``evaluate`` is not finite for the dense parameters, no sparsities or one
-            outside [0, 1), weights, scores or a structure as in :func:`jaxcomp.prune.masks`, or
-            another call wrote the file.
+            outside [0, 1) or above what N:M removes, weights, scores or a structure as in
+            :func:`jaxcomp.prune.masks`, or another call wrote the file.
         CheckpointError: the file is damaged.
 
     Example:
@@ -137,34 +138,27 @@ def sensitivity(
         second        8     2    4     6  ▃▆█
         first         4     1    3     6  ▂▅█
     """
-    study.check_evaluate(evaluate)
-    if at_once is not None and at_once < 1:
-        raise ValueError(f"at_once is {at_once}: evaluate at least 1 candidate at a time")
+    check_function("evaluate", evaluate, "params that returns one number")
+    if at_once is not None:
+        check_count("at_once", at_once)
     asked = _checked(sparsities)
     scores = study.score_leaves(params, score, evidence, paths)
-    structures = resolve(structure, scores)
+    structures = study.resolved(structure, scores)
+    _check_runs(structures, asked[-1])
     leaves = tree_lib.take(params, scores)
-    path, call, records = None, {}, {}
-    if directory is not None:
-        path = file_in(directory, FILE)
-        call = study.identify(params, scores, structure=structure)
-        records = study.read_records(path, call)
-
-    def keep(news: dict[str, study.Record]) -> None:
-        records.update(news)
-        if path is not None:
-            study.write_records(path, call, records)
-
-    if "" not in records:
+    records = study.Records.open(
+        directory, FILE, lambda: study.identify(params, scores, structure=structure)
+    )
+    if "" not in records.found:
         start = time.perf_counter()
         value = study.check_value(evaluate(params))
-        keep({"": study.Record((), value, time.perf_counter() - start)})
-    dense = records[""].value
+        records.add({"": study.Record((), value, time.perf_counter() - start)})
+    dense = records.found[""].value
     if not math.isfinite(dense):
         raise ValueError(
             f"evaluate gave {dense} for the dense parameters: there is nothing to compare"
         )
-    missing = {name: [s for s in asked if _name(name, s) not in records] for name in leaves}
+    missing = {name: [s for s in asked if _name(name, s) not in records.found] for name in leaves}
     largest = None
     if at_once != 1 and any(missing.values()):
         largest = _largest_value(evaluate, params, needed=at_once is not None)
@@ -172,8 +166,8 @@ def sensitivity(
         pruned = functools.partial(_pruned, leaves[name], scores[name], structures[name])
         run, count = _runner(params, evaluate, name, at_once, largest, leaves[name], len(asked))
         for begin in range(0, len(missing[name]), count):
-            keep(_evaluated(run, pruned, name, missing[name][begin : begin + count], count))
-    return _collect(leaves, asked, records, dense)
+            records.add(_evaluated(run, pruned, name, missing[name][begin : begin + count], count))
+    return _collect(leaves, asked, records.found, dense)
 
 
 Run = Callable[[list[Any]], list[float]]
@@ -289,12 +283,28 @@ def _name(path: str, sparsity: float) -> str:
 
 
 def _checked(sparsities: Sequence[float]) -> list[float]:
-    asked = sorted({float(sparsity) for sparsity in sparsities})
-    if not asked:
+    try:
+        asked = np.asarray(list(sparsities), np.float64)
+    except (TypeError, ValueError):
+        asked = None
+    if asked is None or asked.ndim != 1 or isinstance(sparsities, str):
+        raise TypeError(
+            f"sparsities must be several fractions, such as (0.5, 0.7, 0.9), not {sparsities!r:.60}"
+        )
+    if not asked.size:
         raise ValueError("sparsities is empty: give some fractions, such as (0.5, 0.7, 0.9)")
-    for sparsity in asked:
-        check_sparsity("sparsities", sparsity)
-    return asked
+    for sparsity in asked.tolist():
+        check_sparsity("each of sparsities", sparsity)
+    return sorted(set(asked.tolist()))
+
+
+def _check_runs(structures: dict[str, Structure], highest: float) -> None:
+    for path, structure in structures.items():
+        if isinstance(structure, NM):
+            try:
+                lost_of_run(highest, structure)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
 
 
 def _bar(drop: float, most: float) -> str:

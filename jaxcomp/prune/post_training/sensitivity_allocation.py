@@ -47,6 +47,9 @@ def allocation_from_sensitivity(found: Sensitivity) -> Allocation:
         groups, as with every allocation. It raises ValueError for a leaf that was not measured, or
         that has another size than it had.
 
+    Raises:
+        TypeError: ``found`` is something else.
+
     Example:
         >>> from jaxcomp.prune.masks import masks
         >>> from jaxcomp.prune.post_training.sensitivity import sensitivity
@@ -61,6 +64,8 @@ def allocation_from_sensitivity(found: Sensitivity) -> Allocation:
         Shoham & Gersho 1988, *Efficient bit allocation for an arbitrary set of quantizers*: the
         greedy walk along the hulls, there for bits.
     """
+    if not isinstance(found, Sensitivity):
+        raise TypeError(f"found must be what sensitivity returned, not {found!r:.60}")
 
     def counts(parts: Mapping[str, Part], sparsity: Any) -> Array:
         _check(found, parts)

@@ -20,11 +20,14 @@ from jaxcomp.model.observe import Observed, observe
 from jaxcomp.model.program import read
 from jaxcomp.model.progress import watched
 from jaxcomp.model.statistics import Statistic, second_moment
+from jaxcomp.prune.checks import check_amount, check_count
+from jaxcomp.prune.post_training import study
 from jaxcomp.prune.post_training.batches import peek, spread
 from jaxcomp.prune.post_training.column_walk import block_counts, prune_in_blocks
 from jaxcomp.prune.post_training.input_norms import choose
 from jaxcomp.prune.post_training.obs import PER_OUTPUT, output_error
 from jaxcomp.prune.post_training.walk_files import WalkFiles
+from jaxcomp.prune.schedules import check_sparsity
 from jaxcomp.prune.structures import NM, Element, check_structure
 from jaxcomp.sharding import automatic, spec_like
 
@@ -129,9 +132,9 @@ def sparsegpt(
     Raises:
         ValueError: sparsity outside [0, 1) or missing; a structure that does not fit; a leaf that
             is no matrix to its inputs (looked up, unused), that would lose all weights, or whose
-            operation no batch led to; NaN or infinite weights or inputs; no batches; the directory
-            holds files of another call.
-        TypeError: ``batches`` can be read only once, or is one array.
+            operation no batch led to; NaN or infinite weights or inputs; no batches; a damping
+            below 0; the directory holds files of another call.
+        TypeError: ``batches`` can be read only once, or is one array; something is no number.
         CheckpointError: a file is damaged.
 
     Example:
@@ -149,22 +152,13 @@ def sparsegpt(
     Source: Frantar & Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in
     One-Shot", 2023.
     """
+    _check_numbers(sparsity, sequential, at_once, block_size, damping)
     again = _rereadable(batches)
     tasks = _plan(apply_fn, params, again, sparsity, structure, paths, block_size)
-    if isinstance(at_once, bool) or at_once < 1:
-        raise ValueError(f"at_once is {at_once}, but a pass must serve at least one leaf")
     groups = [list(tasks)[i : i + at_once] for i in range(0, len(tasks), at_once)]
     files = None
     if directory is not None:
-        call = {
-            "counts and structures": str(
-                [(p, t.structure, t.counts.tolist()) for p, t in tasks.items()]
-            ),
-            "sequential": str(sequential),
-            "at_once": str(at_once),
-            "block_size": str(block_size),
-            "damping": str(float(damping)),
-        }
+        call = _identify(tasks, sequential, at_once, block_size, damping)
         files = WalkFiles.open(directory, call, params)
     dense = tree_lib.flatten(params)
     weights, masks, reports = tree_lib.Leaves(), {}, []
@@ -182,15 +176,53 @@ def sparsegpt(
     return Repaired(tree_lib.replace(params, weights), ordered, tuple(reports))
 
 
+def _check_numbers(
+    sparsity: Any, sequential: Any, at_once: Any, block_size: Any, damping: Any
+) -> None:
+    if sparsity is not None:
+        check_sparsity("sparsity", sparsity)
+    if not isinstance(sequential, bool):
+        raise TypeError(f"sequential must be True or False, not {sequential!r:.60}")
+    check_count("at_once", at_once)
+    check_count("block_size", block_size)
+    check_amount("damping", damping)
+
+
+def _identify(
+    tasks: Mapping[str, _Task], sequential: bool, at_once: int, block_size: int, damping: float
+) -> dict[str, str]:
+    """What tells a call from others, beside the parameters."""
+    parts = [(path, task.structure, task.counts.tolist()) for path, task in tasks.items()]
+    return {
+        "counts and structures": str(parts),
+        "sequential": str(sequential),
+        "at_once": str(at_once),
+        "block_size": str(block_size),
+        "damping": str(float(damping)),
+    }
+
+
 def _rereadable(batches: Any) -> Callable[[], Any]:
     if isinstance(batches, Iterator):
         raise TypeError(
             f"batches: {type(batches).__name__} can be read only once, and every pass reads it: "
             "pass a list, or a function that returns a new iterator"
         )
-    if callable(batches):
-        return batches
-    return lambda: batches
+    if not callable(batches):
+        return lambda: batches
+    last = None
+
+    def again() -> Any:
+        nonlocal last
+        before, last = last, batches()
+        if isinstance(last, Iterator) and last is before:
+            raise TypeError(
+                f"batches returns the same {type(last).__name__} again, which can be read only "
+                "once: return a new iterator each time"
+            )
+        return last
+
+    return again
 
 
 def _plan(
@@ -217,7 +249,10 @@ def _plan(
     for path, form in forms.items():
         rule = _rule(path, structures[path], form)
         matrices = math.prod(form.groups)
-        counts = block_counts(sparsity, rule, form.features, form.outputs, block_size, matrices)
+        try:
+            counts = block_counts(sparsity, rule, form.features, form.outputs, block_size, matrices)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
         lost = int(np.sum(np.asarray(counts, np.int64), dtype=np.int64))
         size = matrices * form.features * (1 if rule in PER_OUTPUT else form.outputs)
         if not isinstance(rule, NM) and lost == size:
@@ -354,11 +389,4 @@ def _table(leaves: Sequence[PrunedLeaf]) -> str:
         shape = f"({', '.join(map(str, leaf.shape))})"
         numbers = (leaf.sparsity, leaf.masked_error, leaf.error)
         rows.append((leaf.path, shape, *(f"{100 * number:.1f}%" for number in numbers)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
+    return study.table(rows, left=2)

@@ -5,7 +5,7 @@ that the same call reads it back, goes the same way and comes to the same result
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,8 +14,12 @@ import numpy as np
 
 from jaxcomp import tree as tree_lib
 from jaxcomp.checkpoint import CheckpointError, load, save
-from jaxcomp.prune.resuming import check_call, describe
-from jaxcomp.prune.scores import Score
+from jaxcomp.prune import scores as scores_lib
+from jaxcomp.prune.checks import as_patterns, check_function
+from jaxcomp.prune.masks import Structures, resolve
+from jaxcomp.prune.resuming import check_call, describe, file_in
+from jaxcomp.prune.scores import RunningScore, Score
+from jaxcomp.prune.structures import Structure
 
 _FORMAT = 1
 
@@ -34,26 +38,62 @@ class Record(NamedTuple):
     seconds: float
 
 
-def read_records(path: str, call: Mapping[str, str]) -> dict[str, Record]:
-    """What earlier runs of a call have finished.
+class Records(NamedTuple):
+    """Finished evaluations of one call, in memory and in a file.
 
-    Args:
-        path: the file; none if it does not exist.
-        call: what tells the call from others, from :func:`identify`.
-
-    Returns:
-        Records by name.
-
-    Raises:
-        ValueError: another call wrote the file.
-        CheckpointError: the file is damaged, or holds something else.
-
-    Example:
-        >>> read_records("/nowhere/to_accuracy.jxc", {})
-        {}
+    Attributes:
+        path: the file; None: nothing is kept.
+        call: what tells the call from others.
+        found: by name; those of earlier runs of the call, and what :meth:`add` was given.
     """
-    if not os.path.exists(path):
-        return {}
+
+    path: str | None
+    call: Mapping[str, str]
+    found: dict[str, Record]
+
+    @staticmethod
+    def open(
+        directory: str | os.PathLike | None, name: str, call: Callable[[], Mapping[str, str]]
+    ) -> "Records":
+        """What earlier runs of a call have finished.
+
+        Args:
+            directory: made if it is not there; None: nothing is kept.
+            name: of the file.
+            call: gives what tells the call from others, from :func:`identify`.
+
+        Returns:
+            Records; none if there is no file.
+
+        Raises:
+            TypeError: the directory is no path, or a leaf is nothing that can be told apart.
+            ValueError: another call wrote the file.
+            CheckpointError: the file is damaged, or holds something else.
+
+        Example:
+            >>> Records.open(None, "to_accuracy.jxc", dict).found
+            {}
+        """
+        if directory is None:
+            return Records(None, {}, {})
+        path, lines = file_in(directory, name), call()
+        return Records(path, lines, _read(path, lines) if os.path.exists(path) else {})
+
+    def add(self, news: Mapping[str, Record]) -> None:
+        """Keep more of them; the file is replaced at once, so it is never half written.
+
+        Args:
+            news: by name.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        self.found.update(news)
+        if self.path is not None:
+            write_records(self.path, self.call, self.found)
+
+
+def _read(path: str, call: Mapping[str, str]) -> dict[str, Record]:
     tree = load(path)
     if not isinstance(tree, dict) or tree.keys() != {"format", "call", "records"}:
         raise CheckpointError(f"{path}: not a file of finished evaluations")
@@ -70,7 +110,7 @@ def read_records(path: str, call: Mapping[str, str]) -> dict[str, Record]:
 
 
 def write_records(path: str, call: Mapping[str, str], records: Mapping[str, Record]) -> None:
-    """Replace the file by one with these records, at once: it is never half written.
+    """Replace the file by one with these records.
 
     Args:
         path: the file.
@@ -128,45 +168,96 @@ def score_leaves(
         Scores by path.
 
     Raises:
-        TypeError: the score is no function, or gives something else than floating numbers.
-        ValueError: no weights, a pattern that matches none, no evidence for a leaf, scores of
-            another shape than the leaf's, NaN or infinite weights or scores.
+        TypeError: the score is no function of a leaf and its evidence, or gives something else
+            than floating numbers.
+        ValueError: no weights, a pattern that matches none, no evidence for a leaf or for nothing,
+            scores of another shape than the leaf's, NaN or infinite weights or scores.
 
     Example:
         >>> params = {"kernel": jnp.array([[-2.0, 1.0]]), "bias": jnp.ones(2)}
         >>> score_leaves(params, lambda weight, evidence: abs(weight), None, None)
         {'kernel': Array([[2., 1.]], dtype=float32)}
     """
-    if not callable(score):
-        raise TypeError(
-            "score must be a function of a leaf and its evidence, such as scores.magnitude, "
-            f"not {score!r:.60}"
-        )
+    _check_score(score, evidence)
     leaves = tree_lib.select(params)
     if paths is not None:
-        patterns = (paths,) if isinstance(paths, str) else tuple(paths)
-        chosen = tree_lib.assign(patterns, leaves)
+        chosen = tree_lib.assign(as_patterns(paths), leaves)
         leaves = tree_lib.Leaves((path, leaves[path]) for path in leaves if path in chosen)
-        if not leaves:
-            raise ValueError("paths is empty: give patterns of weights, or None for all of them")
     known = _by_path(evidence)
-    scored = tree_lib.Leaves()
-    for path, leaf in leaves.items():
-        if known is not None and path not in known:
-            raise ValueError(f"{path}: no evidence for this leaf; {tree_lib.nearest(path, known)}")
-        scored[path] = score(leaf, None if known is None else known[path])
-        if getattr(scored[path], "shape", None) != leaf.shape:
-            raise ValueError(
-                f"{path}: the score gave {getattr(scored[path], 'shape', scored[path])!s:.60}, but "
-                f"must give one number for each weight: {tuple(leaf.shape)}"
-            )
-    return tree_lib.select(scored)
+    return tree_lib.Leaves(
+        (path, _scored(path, leaf, score, known)) for path, leaf in leaves.items()
+    )
+
+
+def _check_score(score: Any, evidence: Any) -> None:
+    if isinstance(score, RunningScore):
+        raise TypeError(
+            "score remembers train steps, and there are none here: give a function of a leaf and "
+            "its evidence, such as scores.magnitude"
+        )
+    check_function("score", score, "a leaf and its evidence, such as scores.magnitude")
+    if evidence is not None and score in (scores_lib.magnitude, scores_lib.l2):
+        raise ValueError(
+            f"scores.{score.__name__} reads no evidence: give a score that does, such as "
+            "score=scores.taylor, or leave evidence out"
+        )
+
+
+def _scored(path: str, leaf: Any, score: Score, known: Mapping[str, Any] | None) -> Any:
+    if known is not None and path not in known:
+        raise ValueError(
+            f"{path}: no evidence for this leaf; give a tree like params, or a selection by path; "
+            f"{tree_lib.nearest(path, known)}"
+        )
+    try:
+        scores = score(leaf, None if known is None else known[path])
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{path}: {error}") from error
+    if getattr(scores, "shape", None) != leaf.shape:
+        raise ValueError(
+            f"{path}: the score gave {getattr(scores, 'shape', scores)!s:.60}, but must give one "
+            f"number for each weight: {tuple(leaf.shape)}"
+        )
+    if not jnp.issubdtype(scores.dtype, jnp.floating):
+        raise TypeError(f"{path}: the score gave {scores.dtype}, but must give floating numbers")
+    bad = int(jnp.sum(~jnp.isfinite(scores)))
+    if bad:
+        raise ValueError(
+            f"{path}: {bad} of {scores.size} scores are NaN or infinite: mend the score, or the "
+            "evidence"
+        )
+    return scores
 
 
 def _by_path(evidence: Any) -> Mapping[str, Any] | None:
     if evidence is None or isinstance(evidence, tree_lib.Leaves):
         return evidence
     return tree_lib.flatten(evidence)
+
+
+def resolved(structure: Structures, leaves: Mapping[str, Any]) -> dict[str, Structure]:
+    """The structure of each leaf, checked, and static: sizes and axes in tuples, not lists.
+
+    Args:
+        structure: one, or by path pattern.
+        leaves: by path.
+
+    Raises:
+        TypeError: no structure.
+        ValueError: one that does not fit, or a pattern that matches no leaf.
+
+    Example:
+        >>> from jaxcomp.prune.structures import Block
+        >>> resolved(Block([2, 2]), {"kernel": jnp.ones((4, 4))})
+        {'kernel': Block(shape=(2, 2))}
+    """
+    found = resolve(structure, leaves)
+    return {path: each._make(map(_static, each)) for path, each in found.items()}
+
+
+def _static(part: Any) -> Any:
+    return tuple(part) if isinstance(part, list) else part
 
 
 def check_value(value: Any) -> float:
@@ -188,7 +279,8 @@ def check_value(value: Any) -> float:
     array = np.asarray(value) if isinstance(value, (int, float, np.generic, np.ndarray)) else value
     number = isinstance(array, (np.ndarray, jax.Array)) and is_real_scalar(array)
     if not number or isinstance(value, bool):
-        what = f"an array of shape {array.shape}" if hasattr(array, "shape") else f"{value!r:.60}"
+        shape = getattr(value, "shape", ())
+        what = f"an array of shape {shape}" if shape else f"{value!r:.60}"
         raise TypeError(
             f"evaluate must return one real number, higher is better, not {what}: for a loss, "
             "lambda params: -loss(params)"
@@ -207,23 +299,8 @@ def is_real_scalar(array: Any) -> bool:
     return real and array.shape == ()
 
 
-def check_evaluate(evaluate: Any) -> None:
-    """Raise unless ``evaluate`` can be called.
-
-    Example:
-        >>> check_evaluate(0.5)
-        Traceback (most recent call last):
-        ...
-        TypeError: evaluate must be a function of params that returns one number, not 0.5
-    """
-    if not callable(evaluate):
-        raise TypeError(
-            f"evaluate must be a function of params that returns one number, not {evaluate!r:.60}"
-        )
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of words in columns, the first to the left and the others to the right.
+def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Rows of words in columns, the first ones to the left and the others to the right.
 
     Example:
         >>> print(table([("path", "drop"), ("a", "0.1")]))
@@ -232,7 +309,10 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
-    for first, *others in rows:
-        right = [word.rjust(width) for word, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *right]).rstrip())
+    for row in rows:
+        cells = [
+            word.ljust(width) if i < left else word.rjust(width)
+            for i, (word, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)

@@ -11,7 +11,8 @@ import numpy as np
 from jaxcomp import tree as tree_lib
 from jaxcomp.kernels.threshold import removal_count_exact, smallest_masks, sortable_bits
 from jaxcomp.prune import scores
-from jaxcomp.prune.masks import check_kept, zero_out
+from jaxcomp.prune.checks import check_count, check_function
+from jaxcomp.prune.masks import zero_out
 from jaxcomp.prune.post_training.input_norms import choose
 from jaxcomp.prune.schedules import check_sparsity
 
@@ -52,6 +53,7 @@ def synaptic_flow(
         ValueError: sparsity outside of [0, 1), no rounds, a pattern that matches no leaf; the flow
             is zero, NaN or infinite (in float32 it may overflow in networks deeper than some 20
             layers: enable float64 and cast ``params``); a leaf would be left with nothing.
+        TypeError: ``apply_fn`` is no function, ``rounds`` no whole number, a leaf no array.
 
     Example:
         >>> params = {"up": jnp.array([[1.0, -3.0]]), "down": jnp.array([[2.0], [1.0]])}
@@ -66,8 +68,8 @@ def synaptic_flow(
         synaptic flow*, section 6, algorithm 1.
     """
     check_sparsity("sparsity", sparsity)
-    if rounds < 1:
-        raise ValueError(f"rounds is {rounds}: at least 1 is needed")
+    check_count("rounds", rounds)
+    check_function("apply_fn", apply_fn, "(params, *inputs)")
     chosen = tuple(choose(params, paths))
     sizes = [leaf.size for leaf in tree_lib.take(params, chosen).values()]
     counts = [
@@ -85,7 +87,13 @@ def synaptic_flow(
             "enable float64 and cast params; where it is zero, no path leads from the inputs to "
             "the outputs, or a normalization takes its mean away"
         )
-    check_kept(masks)
+    empty = [path for path, mask in masks.items() if not bool(jnp.any(mask))]
+    if empty:
+        raise ValueError(
+            f"{empty[0]}: all {masks[empty[0]].size} weights would be removed and nothing would "
+            "pass: ask for a lower sparsity or more rounds; where no flow depends on a leaf (keys "
+            "and queries, behind their softmax), leave it out with paths="
+        )
     return masks
 
 

@@ -15,9 +15,9 @@ from jaxcomp import tree as tree_lib
 from jaxcomp.model.progress import watched
 from jaxcomp.prune import scores as scores_lib
 from jaxcomp.prune.allocation import Allocation, global_threshold
-from jaxcomp.prune.masks import Structures, apply_masks, renew, resolve
+from jaxcomp.prune.checks import check_amount, check_count, check_function, is_number
+from jaxcomp.prune.masks import Structures, apply_masks, renew
 from jaxcomp.prune.post_training import study
-from jaxcomp.prune.resuming import file_in
 from jaxcomp.prune.schedules import check_sparsity
 from jaxcomp.prune.scores import Score
 from jaxcomp.prune.structures import Element
@@ -126,7 +126,8 @@ def to_accuracy(
         max_drop: by how much the number may fall, in its own unit; at least 0.
         score: function of a leaf and its evidence; the lowest go first.
         evidence: what the score reads: a tree like ``params``, or a selection by path.
-        structure: what goes together, as in :func:`jaxcomp.prune.masks`.
+        structure: what goes together, as in :func:`jaxcomp.prune.masks`; N:M removes at most
+            ``1 - n/m`` of a leaf, whatever is asked.
         allocation: how a sparsity is spread over the leaves. One threshold over all of them, by
             default, so that layers which need their weights keep them and the sparsity that is
             found is higher (:data:`~jaxcomp.prune.allocation.lamp` may find more by magnitudes);
@@ -150,7 +151,8 @@ def to_accuracy(
         best until then, once the dense parameters are evaluated.
 
     Raises:
-        TypeError: ``evaluate`` or the score is no function, ``evaluate`` returns no real number.
+        TypeError: ``evaluate`` or the score is no function, ``evaluate`` returns no real number,
+            a number is none.
         ValueError: ``evaluate`` is not finite for the dense parameters, a number outside its range,
             weights, scores or a structure as in :func:`jaxcomp.prune.masks`, or another call wrote
             the file.
@@ -169,29 +171,28 @@ def to_accuracy(
         25.000%   25.000%  0.935644  0.0644    within     ...
         ...
     """
-    study.check_evaluate(evaluate)
+    check_function("evaluate", evaluate, "params that returns one number")
+    check_function("clock", clock, "nothing that returns seconds")
+    if not isinstance(allocation, Allocation):
+        raise TypeError(f"allocation must be one, such as allocation.lamp, not {allocation!r:.60}")
     _check_numbers(max_drop, tolerance, lowest, highest, max_evaluations, max_seconds)
     scores = study.score_leaves(params, score, evidence, paths)
     candidate = _maker(scores, structure, allocation)
     for probe in (lowest, highest):
         # What no sparsity mends is refused before anything is evaluated.
         candidate(probe)
-    path, call, records = None, {}, {}
-    if directory is not None:
-        path = file_in(directory, FILE)
-        call = _identify(params, scores, candidate, structure, allocation)
-        records = study.read_records(path, call)
+    records = study.Records.open(
+        directory, FILE, lambda: _identify(params, scores, candidate, structure, allocation)
+    )
 
     def evaluated(masks: dict[str, Any], removed: tuple[int, ...]) -> study.Record:
         start = clock()
         name = " ".join(map(str, removed))
-        if name not in records:
+        if name not in records.found:
             pruned = apply_masks(params, tree_lib.Leaves(masks)) if any(removed) else params
             value = study.check_value(evaluate(pruned))
-            records[name] = study.Record(removed, value, clock() - start)
-            if path is not None:
-                study.write_records(path, call, records)
-        return records[name]
+            records.add({name: study.Record(removed, value, clock() - start)})
+        return records.found[name]
 
     sizes = {name: leaf.size for name, leaf in scores.items()}
     search = _Search(candidate, evaluated, sizes, max_drop, max_evaluations, max_seconds)
@@ -297,7 +298,7 @@ def _bisection(lowest: float, highest: float, tolerance: float) -> Generator[flo
 
 def _maker(scores: tree_lib.Leaves, structure: Structures, allocation: Allocation) -> Candidate:
     """From a sparsity to masks, and to the weights that they remove from each leaf."""
-    structures = tuple(resolve(structure, scores).items())
+    structures = tuple(study.resolved(structure, scores).items())
 
     def candidate(sparsity: float) -> tuple[dict[str, Any], tuple[int, ...]]:
         kept, removed = _masks(scores, np.float32(sparsity), structures, allocation)
@@ -359,15 +360,14 @@ def _check_numbers(
     max_evaluations: int | None,
     max_seconds: float | None,
 ) -> None:
-    if not (math.isfinite(max_drop) and max_drop >= 0):
-        raise ValueError(f"max_drop is {max_drop}, but must be a finite number of at least 0")
-    if not 1e-6 <= tolerance < 1:
-        raise ValueError(f"tolerance is a sparsity in [1e-6, 1), not {tolerance}")
+    check_amount("max_drop", max_drop)
+    if not (is_number(tolerance) and 1e-6 <= tolerance < 1):
+        raise ValueError(f"tolerance is a sparsity in [1e-6, 1), not {tolerance!r:.60}")
     check_sparsity("lowest", lowest)
     check_sparsity("highest", highest)
     if lowest > highest:
         raise ValueError(f"lowest is {lowest}, above highest, {highest}: exchange them")
-    if max_evaluations is not None and max_evaluations < 1:
-        raise ValueError(f"max_evaluations is {max_evaluations}: the dense one alone needs 1")
-    if max_seconds is not None and not max_seconds >= 0:
-        raise ValueError(f"max_seconds is {max_seconds}, but must be at least 0")
+    if max_evaluations is not None:
+        check_count("max_evaluations", max_evaluations)
+    if max_seconds is not None and max_seconds != math.inf:
+        check_amount("max_seconds", max_seconds)

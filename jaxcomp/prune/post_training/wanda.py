@@ -50,7 +50,7 @@ def wanda(
     Raises:
         ValueError: sparsity outside of [0, 1) or missing; a chosen leaf has no input norms, or uses
             that disagree on its outputs (the message names it); runs that do not fit; no batches.
-        TypeError: ``batches`` is one array, or no iterable.
+        TypeError: ``batches`` is one array, or no iterable; another structure.
 
     Example:
         >>> import jax.numpy as jnp
@@ -64,6 +64,11 @@ def wanda(
         Sun et al. 2023, *A Simple and Effective Pruning Approach for Large Language Models*,
         section 3.
     """
+    if structure is not None and not isinstance(structure, NM):
+        raise TypeError(
+            f"structure must be NM(n, m), or None to compare all inputs of each output, not "
+            f"{structure!r:.60}: prune.masks with scores.wanda and evidence.input_norms takes any"
+        )
     if sparsity is None and structure is None:
         raise ValueError("pass sparsity, such as 0.5, or structure=NM(2, 4)")
     if sparsity is not None:
@@ -84,7 +89,11 @@ def wanda(
 
 def _structure(traced: ModelTrace, path: str, ndim: int, runs: NM | None) -> Structure:
     """What competes in a leaf: all inputs of each output, or runs of neighbouring inputs."""
-    inputs = traced.input_axes(path)
+    try:
+        inputs = traced.input_axes(path)
+    except ValueError as error:
+        reason = str(error).partition("; name the axes")[0]
+        raise ValueError(f"{reason}: name the leaves that are meant with paths=") from error
     if not inputs:
         raise ValueError(
             f"{path}: the model contracts nothing with it, so it has no inputs: name the leaves "

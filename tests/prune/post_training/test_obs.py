@@ -392,7 +392,7 @@ def test_output_error_is_that_of_the_samples():
         ({"sparsity": None, "structure": NM(2, 3, axis=-1)}, "walk over features"),
         ({"structure": Block((2, 3))}, "walk over features"),
         ({"structure": Element(within=0)}, "walk over features"),
-        ({"block_size": 0}, "block_size must be at least 1"),
+        ({"block_size": 0}, "block_size is 0"),
     ],
 )
 def test_bad_input(change, words):

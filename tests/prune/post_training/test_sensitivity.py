@@ -270,7 +270,10 @@ def test_bad_calls():
         ({"at_once": 0}, "at_once is 0"),
         ({"paths": "fourth/*"}, "'fourth/\\*' matches no leaf; nearest"),
         ({"structure": NM(2, 5)}, "first/kernel: .* divisible by 5"),
-        ({"evidence": {"first": {"kernel": jnp.ones((8, 16))}}}, "second/kernel: no evidence"),
+        (
+            {"evidence": {"first": {"kernel": jnp.ones((8, 16))}}, "score": scores.taylor},
+            "second/kernel: no evidence",
+        ),
         ({"score": lambda w, e: w * jnp.inf}, "first/kernel: 128 of 128"),
     ):
         with pytest.raises(ValueError, match=words):

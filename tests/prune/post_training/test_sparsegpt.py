@@ -328,7 +328,7 @@ def test_a_file_of_another_call_is_refused(tmp_path):
         ({"paths": "w9"}, ValueError, "pattern 'w9' matches no leaf"),
         ({"paths": ["w0", "b0"]}, ValueError, "b0: add contracts nothing.*paths="),
         ({"at_once": 0}, ValueError, "at_once is 0"),
-        ({"block_size": 0}, ValueError, "block_size must be at least 1"),
+        ({"block_size": 0}, ValueError, "block_size is 0"),
         ({"batches": []}, ValueError, "batches is empty"),
         ({"batches": iter(BATCHES)}, TypeError, "list_iterator can be read only once"),
         ({"batches": BATCHES[0]}, TypeError, "one array"),

@@ -178,7 +178,7 @@ def test_refusals():
 
     table = {"table": jnp.ones((6, 4)), "kernel": jnp.eye(4), "shift": jnp.ones((1, 6))}
     ids = np.arange(5)
-    with pytest.raises(ValueError, match="table: its uses disagree on the input axes"):
+    with pytest.raises(ValueError, match=r"^table: its uses disagree .*\(1,\): name the leaves"):
         wanda(language, table, [ids], sparsity=0.5, paths="table")
     with pytest.raises(ValueError, match="shift: the model contracts nothing with it"):
         wanda(language, table, [ids], sparsity=0.5, paths="shift")
