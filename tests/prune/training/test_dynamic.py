@@ -136,6 +136,26 @@ def test_grown_weights_begin_at_zero_with_a_fresh_optimizer(tx):
     assert grown_ever > 0
 
 
+def test_a_weight_with_something_learned_beside_it_is_forgotten_alone():
+    method = jaxcomp.chain(
+        prune.rigl(0.5, end=100, every=1, fraction=0.5, key=jax.random.key(0)),
+        jaxcomp.share.train(3),
+    )
+    tx = jaxcomp.wrap_optimizer(optax.trace(0.9), method)
+    params = kernels()
+    state, changes = tx.init(params), 0
+    for seed in range(3):
+        before = state.compression.buffers[0].masks
+        updates, state = tx.update(kernels(seed + 5), state, params)
+        params = optax.apply_updates(params, updates)
+        for path, node in state.inner.trace.items():
+            changed = np.asarray(before[path] != state.compression.buffers[0].masks[path])
+            changes += changed.sum()
+            assert np.all(np.asarray(node.weight)[changed] == 0)
+            assert np.all(np.asarray(node.learned["1"]) != 0)
+    assert changes > 0
+
+
 def test_a_block_comes_and_goes_whole():
     structure = {"one": Block((3, 2)), "two": prune.Channel(0)}
     method = prune.rigl(
