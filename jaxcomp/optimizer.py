@@ -212,7 +212,10 @@ def _pull_back(
         return method.apply(weights, State(learned, state.buffers))
 
     _, pull = jax.vjp(effective, params, state.learned)
-    return pull(grads)
+    pulled, learned = pull(grads)
+    # Integers have no gradient to pull back: what was given for them is handed on.
+    whole = lambda given, found: given if found.dtype == jax.dtypes.float0 else found
+    return jax.tree.map(whole, grads, pulled), learned
 
 
 def _write(method: Compression, params: Params, updates: Params, old: State, new: State) -> Params:

@@ -1,6 +1,7 @@
 """Lottery tickets: rounds, rewinding of everything, an optimizer that forgets."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -97,6 +98,22 @@ def test_an_optimizer_that_begins_with_the_weights_begins_with_the_early_ones():
         ticket, began = history[-1][name], opt_state.inner.z[name]
         for leaf in ticket:
             np.testing.assert_array_equal(began[leaf], ticket[leaf])
+
+
+def test_integers_among_the_weights_are_left_alone():
+    params = {"kernel": methods.params()["first"]["kernel"], "count": jnp.int32(3)}
+    inner = optax.masked(optax.sgd(0.1), {"kernel": True, "count": False})
+    tx = jaxcomp.wrap_optimizer(inner, prune.lottery_ticket(0.5, rounds=1, every=1))
+    state, grads = tx.init(params), {"kernel": params["kernel"], "count": jnp.int32(0)}
+    early = np.asarray(params["kernel"])
+    for _ in range(2):
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    assert params["count"] == 3
+    assert params["count"].dtype == jnp.int32
+    kept = np.asarray(params["kernel"]) != 0
+    assert kept.sum() == 24
+    np.testing.assert_allclose(np.asarray(params["kernel"])[kept], early[kept], atol=2e-7)
 
 
 def test_inside_a_partition_only_what_it_aims_at_goes_back():
