@@ -19,6 +19,7 @@ import numpy as np
 from jaxcomp.arrays import is_compressed
 
 _NOT_WEIGHTS = frozenset({"bias", "b", "scale", "offset", "beta", "gamma", "mean", "var"})
+_STATISTICS = frozenset({"average", "hidden"})
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -177,9 +178,11 @@ def is_weight(path: str, leaf: Any) -> bool:
     """
     if is_compressed(leaf) or getattr(leaf, "ndim", 0) < 2:
         return False
-    return bool(jnp.issubdtype(leaf.dtype, jnp.floating)) and (
-        path.rsplit("/", 1)[-1] not in _NOT_WEIGHTS
-    )
+    name = path.rsplit("/", 1)[-1]
+    # Haiku's running statistics are vectors with axes of one position around them.
+    if name in _STATISTICS and leaf.size == max(leaf.shape):
+        return False
+    return bool(jnp.issubdtype(leaf.dtype, jnp.floating)) and name not in _NOT_WEIGHTS
 
 
 def select(

@@ -52,7 +52,7 @@ CASES = [
     Case(
         "set",
         lambda: prune.sparse_evolution(
-            0.5, every=1, key=jax.random.key(3), structure={"*first*": prune.Block((2, 2))}
+            0.5, every=4, key=jax.random.key(3), structure={"*first*": prune.Block((2, 2))}
         ),
     ),
     Case(
@@ -71,12 +71,9 @@ CASES = [
             prune.scores.magnitude, prune.constant(0.5), structure=prune.NM(1, 2), decay=0.01
         ),
     ),
-    Case(
-        "rigl-then-quantize",
-        lambda: chain(
-            prune.rigl(0.5, end=5, every=2, key=jax.random.key(3)), quantize.train(Format(4))
-        ),
-    ),
+    # Weights that grew together are of one size under Adam, up to their last bits: a second change
+    # within the few steps of these tests would have to choose among equals.
+    Case("rigl", lambda: prune.rigl(0.6, end=9, every=4, fraction=0.5, key=jax.random.key(3))),
     Case("soft-threshold", lambda: prune.soft_threshold(decay=0.01, initial=-2.0), learns=True),
     Case(
         "movement",

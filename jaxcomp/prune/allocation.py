@@ -16,6 +16,7 @@ from jaxcomp.kernels.threshold import (
     smallest_masks,
     sortable_bits,
 )
+from jaxcomp.prune.schedules import check_sparsity
 
 
 class Part(NamedTuple):
@@ -97,7 +98,8 @@ lamp = Allocation("lamp", _lamp, reads_scores=True)
 """A global threshold over scores relative to the leaf's own: no leaf is starved for being small.
 
 A unit's score squared is divided by the sum of the squares of those in its leaf that are no lower.
-Made for magnitudes; any scores that are not negative will do. It sorts each leaf.
+Made for magnitudes; any scores that are not negative will do. It sorts each leaf, and gathers it
+for that where it is sharded.
 
 Source: Lee et al., "Layer-adaptive sparsity for the magnitude-based pruning", ICLR 2021, (4).
 """
@@ -115,6 +117,7 @@ def fixed(sparsities: Mapping[str, float]) -> Allocation:
         fraction is scaled alike, at most to the whole leaf, until the total is right.
 
     Raises:
+        TypeError: no dict of numbers.
         ValueError: a fraction outside [0, 1), or all are 0; when used: a pattern matches no leaf.
 
     Example:
@@ -123,9 +126,10 @@ def fixed(sparsities: Mapping[str, float]) -> Allocation:
         >>> masks(scores, allocation=fixed({"body": 0.5}))
         {'body': Array([[False,  True]], dtype=bool), 'head': Array([[ True,  True]], dtype=bool)}
     """
+    if not isinstance(sparsities, Mapping):
+        raise TypeError(f"sparsities must be a dict of fractions by path, not {sparsities!r:.60}")
     for pattern, sparsity in sparsities.items():
-        if not 0 <= sparsity < 1:
-            raise ValueError(f"{pattern}: sparsity is a fraction in [0, 1), not {sparsity}")
+        check_sparsity(f"{pattern}: sparsity", sparsity)
     if not any(sparsities.values()):
         raise ValueError("every sparsity is 0: nothing would be removed")
 

@@ -94,7 +94,7 @@ def apply_masks(params: Any, masks: Any) -> Any:
         A tree of the same structure, shapes and dtypes.
 
     Raises:
-        TypeError: a mask is None, or not an array of booleans.
+        TypeError: a mask is None where the leaf is not, or not an array of booleans.
         ValueError: a mask has no leaf in ``params``, or another shape than its leaf; a tree of
             masks lacks a leaf of ``params``.
 
@@ -102,8 +102,14 @@ def apply_masks(params: Any, masks: Any) -> Any:
         >>> apply_masks({"kernel": jnp.ones((1, 2))}, {"kernel": jnp.array([[True, False]])})
         {'kernel': Array([[1., 0.]], dtype=float32)}
     """
+    if masks is None:
+        raise TypeError("masks is None: pass what prune.masks(scores, ...) returned")
+    is_none = lambda leaf: leaf is None
     leaves = tree_lib.flatten(params)
-    chosen = tree_lib.flatten(masks, is_leaf=lambda leaf: leaf is None)
+    # What is no array has no mask: partitioned Equinox modules are None there, and so are theirs.
+    absent = {p for p, leaf in tree_lib.flatten(params, is_leaf=is_none).items() if leaf is None}
+    chosen = tree_lib.flatten(masks, is_leaf=is_none)
+    chosen = {path: m for path, m in chosen.items() if not (m is None and path in absent)}
     for path, mask in chosen.items():
         if path not in leaves:
             raise ValueError(
@@ -338,9 +344,14 @@ def _foreseen(
     leaves: Mapping[str, Any],
     sparsity: Any,
     structures: Mapping[str, Structure],
-    allocation: Allocation,
+    allocation: Any,
 ) -> dict[str, int]:
     """What :func:`_counts` will be, as far as it does not hang on scores."""
+    if not isinstance(allocation, Allocation):
+        raise TypeError(
+            "allocation must be one of prune.allocation, such as allocation.lamp, not "
+            f"{allocation!r:.60}"
+        )
     if allocation.reads_scores:
         return {}
     parts = {}

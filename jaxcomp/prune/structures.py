@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Shaped, UInt32
 
 from jaxcomp.kernels.threshold import smallest_masks
@@ -134,6 +135,8 @@ def check_structure(path: str, structure: Any, shape: tuple[int, ...]) -> None:
         ...
         ValueError: kernel: NM(n=2, m=4, axis=-2) needs an axis divisible by 4, but axis -2 of ...
     """
+    if isinstance(structure, Structure):
+        _check_integers(path, structure)
     if isinstance(structure, NM):
         _check_runs(path, structure, shape)
     elif isinstance(structure, Block):
@@ -162,6 +165,19 @@ def check_structure(path: str, structure: Any, shape: tuple[int, ...]) -> None:
             f"{path}: {structure!r} is no structure: give Element(), NM(2, 4), Block((8, 8)), "
             "Channel(-1) or Kernel((0, 1))"
         )
+
+
+def _check_integers(path: str, structure: Structure) -> None:
+    for name, value in structure._asdict().items():
+        if value is None and isinstance(structure, Element):
+            continue
+        several = isinstance(value, (tuple, list)) and not isinstance(structure, NM)
+        must_be_several = isinstance(structure, (Block, Kernel))
+        numbers: Any = value if several else (value,)
+        whole = all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) for n in numbers)
+        if not whole or (must_be_several and not several):
+            wanted = "a tuple of whole numbers" if must_be_several else "whole"
+            raise TypeError(f"{path}: {name} of {structure} must be {wanted}, not {value!r:.60}")
 
 
 def _check_runs(path: str, structure: NM, shape: tuple[int, ...]) -> None:

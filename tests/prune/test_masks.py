@@ -114,6 +114,18 @@ def test_apply_masks_zeroes_what_is_not_kept_and_nothing_else():
     assert apply_masks(params, part)["second"]["kernel"] is params["second"]["kernel"]
 
 
+def test_what_is_no_array_needs_no_mask():
+    """As in a partitioned Equinox module: its functions are None in the parameters."""
+    params = {"kernel": jnp.ones((2, 2)), "activation": None}
+    masks = prune.masks(params, 0.5)
+    assert masks["activation"] is None
+    pruned = apply_masks(params, masks)
+    assert pruned["activation"] is None
+    assert int(jnp.sum(pruned["kernel"])) == 2
+    with pytest.raises(TypeError, match="masks is None: pass what"):
+        apply_masks(params, None)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [

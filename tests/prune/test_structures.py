@@ -142,6 +142,24 @@ def test_structures_that_do_not_fit_are_refused_by_path(structure, shape, words)
         masks({"kernel": jnp.ones(shape)}, 0.5, structure)
 
 
+@pytest.mark.parametrize(
+    ("structure", "words"),
+    [
+        (Block(4), r"kernel: shape of Block.* must be a tuple of whole numbers, not 4"),
+        (Block((4.0, 4.0)), r"kernel: shape of Block.* must be a tuple of whole numbers"),
+        (Kernel(0), r"kernel: axes of Kernel.* must be a tuple of whole numbers, not 0"),
+        (Channel("a"), r"kernel: axis of Channel.* must be whole, not 'a'"),
+        (Channel(None), r"kernel: axis of Channel.* must be whole, not None"),
+        (Element(within="a"), r"kernel: within of Element.* must be whole, not 'a'"),
+        (NM(2.0, 4), r"kernel: n of NM.* must be whole, not 2.0"),
+        (NM(2, 4, (0, 1)), r"kernel: axis of NM.* must be whole, not \(0, 1\)"),
+    ],
+)
+def test_structures_of_what_are_no_whole_numbers(structure, words):
+    with pytest.raises(TypeError, match=words):
+        check_structure("kernel", structure, (8, 8))
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_sharded_masks_are_those_of_one_device(kind):
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind,) * 2)
