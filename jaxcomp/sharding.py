@@ -98,3 +98,23 @@ def spec_like(array: Any, shape: tuple[int, ...]) -> PartitionSpec:
         parts = math.prod(sharding.mesh.shape[name] for name in axes)
         entries.append(names if size % parts == 0 else None)
     return PartitionSpec(*entries)
+
+
+def placed_like(x: Any, like: Any) -> Any:
+    """An array laid out as another of its shape, where mesh axes are explicit.
+
+    Args:
+        x: an array or tracer, such as numbers drawn without a thought of meshes.
+        like: an array or tracer of the same shape.
+
+    Returns:
+        ``x``, with the placement of ``like`` if that lies on explicit mesh axes.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> placed_like(jnp.arange(2), jnp.zeros(2))
+        Array([0, 1], dtype=int32)
+    """
+    if not explicit_axes(like):
+        return x
+    return automatic(lambda x, _: x, out=spec_like(like, like.shape))(x, like)

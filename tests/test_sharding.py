@@ -175,3 +175,16 @@ def test_fake_quantization_keeps_explicit_shardings():
         )
         y = jax.jit(lambda x: quantize.fake_quant(x, Format(4)))(x)
         assert jax.typeof(y).sharding.spec == P(None, "model")
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_random_scores_lie_where_their_weights_lie(kind):
+    mesh = mesh_of(kind)
+    score = prune.scores.random(jax.random.key(0))
+    method = prune.gradual(score, prune.cubic(0.5, 0, 4), every=1)
+    alone = method.update(methods.params(), method.init(methods.params()), None)
+    with jax.set_mesh(mesh):
+        params = place(mesh, methods.params())
+        state = jax.jit(method.update)(params, method.init(params), None)
+    for path, mask in alone.buffers.masks.items():
+        np.testing.assert_array_equal(np.asarray(state.buffers.masks[path]), np.asarray(mask))

@@ -17,6 +17,7 @@ from jaxcomp.kernels.threshold import (
     sortable_bits,
 )
 from jaxcomp.prune.schedules import check_sparsity
+from jaxcomp.sharding import automatic
 
 
 class Part(NamedTuple):
@@ -82,16 +83,19 @@ connectivity inspired by network science", Nature Communications 2018; for kerne
 
 
 def _lamp(parts: Mapping[str, Part], sparsity: Any) -> Array:
-    keys = []
-    for part in parts.values():
-        ordered = jnp.sort(jnp.ravel(part.scores))
-        # Scaled, so that no square under- or overflows that matters beside the largest.
-        largest = jnp.maximum(jnp.max(ordered), jnp.finfo(jnp.float32).tiny)
-        squares = jnp.square(ordered / largest)
-        rest = jnp.cumsum(squares[::-1])[::-1]
-        keys.append(sortable_bits(jnp.where(squares > 0, squares / rest, 0)))
+    keys = [automatic(_lamp_keys)(part.scores) for part in parts.values()]
     kept = smallest_masks(keys, _total(parts, sparsity))
     return jnp.stack([jnp.sum(~mask, dtype=jnp.uint32) for mask in kept])
+
+
+def _lamp_keys(scores: Array) -> Array:
+    """LAMP's scores of one leaf in rising order, as keys."""
+    ordered = jnp.sort(jnp.ravel(scores))
+    # Scaled, so that no square under- or overflows that matters beside the largest.
+    largest = jnp.maximum(jnp.max(ordered), jnp.finfo(jnp.float32).tiny)
+    squares = jnp.square(ordered / largest)
+    rest = jnp.cumsum(squares[::-1])[::-1]
+    return sortable_bits(jnp.where(squares > 0, squares / rest, 0))
 
 
 lamp = Allocation("lamp", _lamp, reads_scores=True)

@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from jaxcomp.prune.checks import check_key, is_number
 from jaxcomp.prune.widened import wide, wide_evidence, wide_zeros
+from jaxcomp.sharding import placed_like
 
 
 class RunningScore(NamedTuple):
@@ -127,7 +128,8 @@ def random(key: Any) -> RunningScore:
         return jnp.asarray(zlib.crc32(path.encode()), jnp.uint32)
 
     def score(weight: Any, kept: Any) -> Any:
-        return jax.random.uniform(jax.random.fold_in(key, kept), weight.shape)
+        noise = jax.random.uniform(jax.random.fold_in(key, kept), weight.shape)
+        return placed_like(noise, weight)
 
     return RunningScore(init, lambda kept, weight, gradient: kept, score)
 

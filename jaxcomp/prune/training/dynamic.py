@@ -23,6 +23,7 @@ from jaxcomp.prune.masks import Structures, check_ends, renew, resolve
 from jaxcomp.prune.schedules import Schedule, constant
 from jaxcomp.prune.structures import Element, Structure, is_local, pool, spread
 from jaxcomp.prune.training import masked
+from jaxcomp.sharding import placed_like
 
 _HIGHEST = np.uint32(0xFFFFFFFF)
 
@@ -231,7 +232,8 @@ def _exchange(
 
 def _noise(key: Any, path: str, leaf: Array) -> Array:
     """Uniform numbers, other ones for each leaf."""
-    return jax.random.uniform(jax.random.fold_in(key, zlib.crc32(path.encode())), leaf.shape)
+    noise = jax.random.uniform(jax.random.fold_in(key, zlib.crc32(path.encode())), leaf.shape)
+    return placed_like(noise, leaf)
 
 
 def _check_fraction(fraction: float) -> None:

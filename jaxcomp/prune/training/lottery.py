@@ -16,6 +16,7 @@ from jaxcomp.prune.scores import RunningScore, Score
 from jaxcomp.prune.structures import Element
 from jaxcomp.prune.training import masked
 from jaxcomp.prune.training.gradual import GradualBuffers, gradual
+from jaxcomp.sharding import placed_like
 
 
 class LotteryBuffers(NamedTuple):
@@ -115,7 +116,8 @@ def lottery_ticket(
 
     def restart(old: State, new: State) -> dict[str, Array]:
         back = rewound(old, new)
-        return {p: jnp.broadcast_to(back, leaf.shape) for p, leaf in new.buffers.early.items()}
+        early = new.buffers.early.items()
+        return {p: placed_like(jnp.broadcast_to(back, leaf.shape), leaf) for p, leaf in early}
 
     def rewind(params: Params, old: State, new: State) -> Params:
         back = rewound(old, new)
