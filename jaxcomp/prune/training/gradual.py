@@ -82,7 +82,8 @@ def gradual(
     masked.check_score(score)
     if not callable(schedule):
         raise TypeError(
-            f"schedule must be a function of the step, not {schedule!r}: cubic(0.9, ..)"
+            "schedule must be a function of the step, such as cubic(0.9, 0, 1000), not "
+            f"{schedule!r:.60}"
         )
     masked.check_every(every)
 
