@@ -6,6 +6,7 @@ the sharding or chance. Thresholds are found by counting, not by sorting.
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -71,15 +72,24 @@ def masks(
     """
     if sparsity is not None:
         check_sparsity("sparsity", sparsity)
-    leaves = {path: jnp.asarray(leaf) for path, leaf in tree_lib.select(scores).items()}
+    chosen = tree_lib.select(scores).items()
+    leaves = tree_lib.Leaves((path, jnp.asarray(leaf)) for path, leaf in chosen)
     structures = resolve(structure, leaves)
     _check_runs(_foreseen(leaves, sparsity, structures, allocation), sparsity, structures)
-    kept = renew(leaves, sparsity, structures, allocation)
+    kept = _compiled(leaves, sparsity, tuple(structures.items()), allocation)
     check_kept(kept)
     everything = {
         path: jnp.ones(leaf.shape, bool) for path, leaf in tree_lib.flatten(scores).items()
     }
     return tree_lib.replace(scores, everything | kept)
+
+
+@partial(jax.jit, static_argnames=("structures", "allocation"))
+def _compiled(
+    leaves: tree_lib.Leaves, sparsity: Any, structures: Any, allocation: Allocation
+) -> dict[str, Any]:
+    # One program for all leaves, instead of one for every operation on every shape.
+    return renew(leaves, sparsity, dict(structures), allocation)
 
 
 def apply_masks(params: Any, masks: Any) -> Any:
@@ -170,7 +180,13 @@ def resolve(structure: Structures, leaves: Mapping[str, Any]) -> dict[str, Struc
         found = dict.fromkeys(leaves, structure)
     for path, each in found.items():
         check_structure(path, each, tuple(leaves[path].shape))
-    return found
+    return {path: _hashable(each) for path, each in found.items()}
+
+
+def _hashable(structure: Any) -> Structure:
+    """The same with tuples for lists, for ``jit`` to tell structures apart by."""
+    parts = (tuple(part) if isinstance(part, list) else part for part in structure)
+    return type(structure)(*parts)
 
 
 def renew(
