@@ -17,7 +17,7 @@ from jaxcomp.model.progress import watched
 from jaxcomp.prune import scores as scores_lib
 from jaxcomp.prune.allocation import uniform
 from jaxcomp.prune.checks import check_count, check_function
-from jaxcomp.prune.masks import Structures, renew, zero_out
+from jaxcomp.prune.masks import Structures, renew, resolve, zero_out
 from jaxcomp.prune.post_training import study
 from jaxcomp.prune.post_training.column_walk import lost_of_run
 from jaxcomp.prune.schedules import check_sparsity
@@ -143,7 +143,7 @@ def sensitivity(
         check_count("at_once", at_once)
     asked = _checked(sparsities)
     scores = study.score_leaves(params, score, evidence, paths)
-    structures = study.resolved(structure, scores)
+    structures = resolve(structure, scores)
     _check_runs(structures, asked[-1])
     leaves = tree_lib.take(params, scores)
     records = study.Records.open(

@@ -16,10 +16,8 @@ from jaxcomp import tree as tree_lib
 from jaxcomp.checkpoint import CheckpointError, load, save
 from jaxcomp.prune import scores as scores_lib
 from jaxcomp.prune.checks import as_patterns, check_function
-from jaxcomp.prune.masks import Structures, resolve
 from jaxcomp.prune.resuming import check_call, describe, file_in
 from jaxcomp.prune.scores import RunningScore, Score
-from jaxcomp.prune.structures import Structure
 
 _FORMAT = 1
 
@@ -234,30 +232,6 @@ def _by_path(evidence: Any) -> Mapping[str, Any] | None:
     if evidence is None or isinstance(evidence, tree_lib.Leaves):
         return evidence
     return tree_lib.flatten(evidence)
-
-
-def resolved(structure: Structures, leaves: Mapping[str, Any]) -> dict[str, Structure]:
-    """The structure of each leaf, checked, and static: sizes and axes in tuples, not lists.
-
-    Args:
-        structure: one, or by path pattern.
-        leaves: by path.
-
-    Raises:
-        TypeError: no structure.
-        ValueError: one that does not fit, or a pattern that matches no leaf.
-
-    Example:
-        >>> from jaxcomp.prune.structures import Block
-        >>> resolved(Block([2, 2]), {"kernel": jnp.ones((4, 4))})
-        {'kernel': Block(shape=(2, 2))}
-    """
-    found = resolve(structure, leaves)
-    return {path: each._make(map(_static, each)) for path, each in found.items()}
-
-
-def _static(part: Any) -> Any:
-    return tuple(part) if isinstance(part, list) else part
 
 
 def check_value(value: Any) -> float:

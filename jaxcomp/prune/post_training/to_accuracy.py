@@ -16,7 +16,7 @@ from jaxcomp.model.progress import watched
 from jaxcomp.prune import scores as scores_lib
 from jaxcomp.prune.allocation import Allocation, global_threshold
 from jaxcomp.prune.checks import check_amount, check_count, check_function, is_number
-from jaxcomp.prune.masks import Structures, apply_masks, renew
+from jaxcomp.prune.masks import Structures, apply_masks, renew, resolve
 from jaxcomp.prune.post_training import study
 from jaxcomp.prune.schedules import check_sparsity
 from jaxcomp.prune.scores import Score
@@ -298,7 +298,7 @@ def _bisection(lowest: float, highest: float, tolerance: float) -> Generator[flo
 
 def _maker(scores: tree_lib.Leaves, structure: Structures, allocation: Allocation) -> Candidate:
     """From a sparsity to masks, and to the weights that they remove from each leaf."""
-    structures = tuple(study.resolved(structure, scores).items())
+    structures = tuple(resolve(structure, scores).items())
 
     def candidate(sparsity: float) -> tuple[dict[str, Any], tuple[int, ...]]:
         kept, removed = _masks(scores, np.float32(sparsity), structures, allocation)
