@@ -11,6 +11,7 @@ import pytest
 from jaxcomp.prune import scores
 from jaxcomp.prune.channels.evidence import gather_evidence
 from jaxcomp.prune.checks import as_patterns, check_amount, check_count, check_key, check_leaves
+from jaxcomp.prune.masks import resolve
 from jaxcomp.prune.post_training import evidence, study
 from jaxcomp.prune.post_training.obs import optimal_brain_surgeon, repair
 from jaxcomp.prune.post_training.sensitivity import sensitivity
@@ -133,7 +134,7 @@ def test_sensitivity(change, error, words):
 def test_lists_in_structures_are_as_good_as_tuples(structure):
     (field,) = structure
     scored = study.score_leaves(PARAMS, scores.magnitude, None, "up/*")
-    assert study.resolved(structure, scored) == {"up/kernel": structure._make([tuple(field)])}
+    assert resolve(structure, scored) == {"up/kernel": structure._make([tuple(field)])}
     found = sensitivity(PARAMS, value, (0.5,), structure=structure, paths="up/*", at_once=1)
     assert found.removed.tolist() == [[32]]
 
