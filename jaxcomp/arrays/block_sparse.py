@@ -19,6 +19,7 @@ from jaxcomp.arrays.parts import (
     read_int,
     read_symbols,
     to_device,
+    which_kept,
 )
 from jaxcomp.sharding import automatic, spec_like
 
@@ -75,15 +76,7 @@ class BlockSparseArray(CompressedArray):
         """
         block = _check_blocks(x.shape, block_shape, batch_axes)
         dense = np.asarray(x)
-        keep = dense != 0 if mask is None else np.asarray(mask, bool)
-        if keep.shape != dense.shape:
-            raise ValueError(f"a mask of shape {keep.shape} does not fit weights of {dense.shape}")
-        lost = (dense != 0) & ~keep
-        if np.any(lost):
-            raise ValueError(
-                f"the weight at {np.argwhere(lost)[0].tolist()} is outside the mask and not zero: "
-                "multiply by the mask first"
-            )
+        keep = which_kept(dense, mask)
         blocks = _split(dense, block)
         grid = np.asarray(_split(keep, block).any(axis=tuple(range(-len(block), 0))))
         batch = dense.shape[:batch_axes]

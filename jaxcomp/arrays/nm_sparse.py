@@ -19,6 +19,7 @@ from jaxcomp.arrays.parts import (
     read_int,
     read_symbols,
     to_device,
+    which_kept,
 )
 from jaxcomp.arrays.patterns import count_patterns, rank_patterns, unrank_patterns
 from jaxcomp.sharding import automatic, spec_like
@@ -83,15 +84,7 @@ class NMSparseArray(CompressedArray):
         """
         _check_layout(x.shape, n, m, axis)
         dense = np.asarray(x)
-        keep = dense != 0 if mask is None else np.asarray(mask, bool)
-        if keep.shape != dense.shape:
-            raise ValueError(f"a mask of shape {keep.shape} does not fit weights of {dense.shape}")
-        lost = (dense != 0) & ~keep
-        if np.any(lost):
-            raise ValueError(
-                f"the weight at {_where(np.argwhere(lost)[0])} is outside the mask and not zero: "
-                "multiply by the mask first"
-            )
+        keep = which_kept(dense, mask)
         at = dense.ndim + axis
         grouped = _group(keep, m, axis)
         counts = grouped.sum(axis=at + 1)

@@ -172,6 +172,37 @@ def read_array(array: Any, name: str) -> np.ndarray:
     return array
 
 
+def which_kept(dense: np.ndarray, mask: Any = None) -> np.ndarray:
+    """Which weights a sparse leaf keeps: those of a mask, or else those that are not zero.
+
+    Args:
+        dense: the weights.
+        mask: True where a weight is kept, or None.
+
+    Returns:
+        Booleans of the weights' shape.
+
+    Raises:
+        ValueError: the mask has another shape, or a weight outside of it is not zero.
+
+    Example:
+        >>> which_kept(np.ones(2), np.array([True, False]))
+        Traceback (most recent call last):
+        ...
+        ValueError: the weight at [1] is outside the mask and not zero: multiply by the mask first
+    """
+    keep = dense != 0 if mask is None else np.asarray(mask, bool)
+    if keep.shape != dense.shape:
+        raise ValueError(f"a mask of shape {keep.shape} does not fit weights of {dense.shape}")
+    lost = (dense != 0) & ~keep
+    if np.any(lost):
+        raise ValueError(
+            f"the weight at {np.argwhere(lost)[0].tolist()} is outside the mask and not zero: "
+            "multiply by the mask first"
+        )
+    return keep
+
+
 def to_device(array: np.ndarray) -> jax.Array:
     """A copy of ``array`` on the default device, with nothing compiled.
 

@@ -11,7 +11,15 @@ from jaxtyping import Array, Bool, Float
 
 from jaxcomp.arrays.base import CompressedArray
 from jaxcomp.arrays.bits import pack_bits_host, unpack_bits, unpack_bits_host
-from jaxcomp.arrays.parts import Parts, Symbols, check_names, read_floats, read_symbols, to_device
+from jaxcomp.arrays.parts import (
+    Parts,
+    Symbols,
+    check_names,
+    read_floats,
+    read_symbols,
+    to_device,
+    which_kept,
+)
 from jaxcomp.sharding import automatic, spec_like
 
 
@@ -62,11 +70,7 @@ class SparseArray(CompressedArray):
         if not 0 <= batch_axes < x.ndim:
             raise ValueError(f"shape {x.shape} has no axis left beside {batch_axes} batch axes")
         dense = np.asarray(x)
-        keep = dense != 0 if mask is None else np.asarray(mask, bool)
-        if keep.shape != dense.shape:
-            raise ValueError(f"a mask of shape {keep.shape} does not fit weights of {dense.shape}")
-        if np.any((dense != 0) & ~keep):
-            raise ValueError("a weight outside the mask is not zero: multiply by the mask first")
+        keep = which_kept(dense, mask)
         batch = dense.shape[:batch_axes]
         rows = (math.prod(batch), math.prod(dense.shape[batch_axes:]))
         dense_rows, keep_rows = dense.reshape(rows), keep.reshape(rows)

@@ -246,18 +246,8 @@ def _columns(
     """The joined outputs of a grouped convolution sorted by group, or None if they are."""
     out = use.op.params["dimension_numbers"].rhs_spec[0]
     width = use.op.inputs[1].shape[out] // use.op.params["feature_group_count"]
-    sizes = [shape[axis] for axis in outputs]
-    where = np.zeros(sizes, int)
-    for i, axis in enumerate(outputs):
-        axis_map = use.axes[axis]
-        if axis_map is None:
-            raise Unobservable(f"which part of its axis {axis} {use.op} reads is not fixed")
-        held, places = axis_map.positions()
-        if not np.array_equal(np.sort(held), np.arange(shape[axis])):
-            raise Unobservable(f"{use.op} reads a part of its axis {axis} only")
-        steps = places.get(out, np.zeros(len(held), int))[np.argsort(held)]
-        where = where + steps.reshape([-1 if j == i else 1 for j in range(len(sizes))])
-    groups = where.ravel() // width
+    where, sizes = samples_lib.positions(use, shape, outputs)
+    groups = where.get(out, np.zeros(sizes, int)).ravel() // width
     if not np.array_equal(np.sort(groups), np.repeat(np.arange(inner), groups.size // inner)):
         raise Unobservable(f"{use.op} reads its groups padded, repeated or mixed with other axes")
     order = np.argsort(groups, kind="stable")

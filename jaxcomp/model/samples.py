@@ -212,10 +212,22 @@ def _touched(use: Use, leaf_axes: Sequence[int]) -> set[int]:
     return {part.axis for axis_map in maps if axis_map is not None for part in axis_map.parts}
 
 
-def _positions(
+def positions(
     use: Use, shape: Sequence[int], leaf_axes: Sequence[int]
 ) -> tuple[dict[int, np.ndarray], tuple[int, ...]]:
-    """For each operand axis: where on it every combination of positions on leaf axes lies."""
+    """For each operand axis: where on it every combination of positions on leaf axes lies.
+
+    Args:
+        use: of the leaf.
+        shape: of the leaf.
+        leaf_axes: some of its axes.
+
+    Returns:
+        By operand axis, an array with the sizes of the leaf's axes; and these sizes.
+
+    Raises:
+        Unobservable: the positions are not one fixed set, or not all of an axis.
+    """
     sizes = tuple(shape[axis] for axis in leaf_axes)
     where: dict[int, np.ndarray] = {}
     for i, axis in enumerate(leaf_axes):
@@ -241,7 +253,7 @@ def _order(
     operand_shape: Sequence[int],
 ) -> np.ndarray:
     """For each position on some leaf axes, joined: its place on some operand axes, joined."""
-    where, sizes = _positions(use, shape, leaf_axes)
+    where, sizes = positions(use, shape, leaf_axes)
     wide = tuple(operand_shape[axis] for axis in operand_axes)
     if math.prod(sizes) != math.prod(wide):
         raise Unobservable(f"{use.op} reads it padded, repeated or mixed with other axes")
@@ -257,7 +269,7 @@ def _group_order(
     use: Use, shape: Sequence[int], leaf_batch: Sequence[int], out: int, groups: int
 ) -> np.ndarray:
     """The groups of a convolution by the leaf's batch axes, then by what groups remain in each."""
-    where, sizes = _positions(use, shape, leaf_batch)
+    where, sizes = positions(use, shape, leaf_batch)
     if groups % math.prod(sizes):
         raise Unobservable(f"{use.op} reads it padded, repeated or mixed with other axes")
     width = use.op.inputs[1].shape[out] // groups

@@ -19,6 +19,7 @@ from jaxcomp.compression import Compression, Params, State
 from jaxcomp.kernels.threshold import smallest_masks, sortable_bits
 from jaxcomp.prune import scores
 from jaxcomp.prune.allocation import Allocation, erdos_renyi_kernel
+from jaxcomp.prune.checks import check_key
 from jaxcomp.prune.masks import Structures, check_ends, renew, resolve
 from jaxcomp.prune.schedules import Schedule, constant
 from jaxcomp.prune.structures import Element, Structure, is_local, pool, spread
@@ -169,9 +170,7 @@ def _dynamic(
 ) -> Compression:
     masked.check_every(every)
     schedule = constant(sparsity)
-    dtype = getattr(key, "dtype", None)
-    if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key) or key.shape != ():
-        raise TypeError(f"key must be one PRNG key, such as jax.random.key(0), not {key!r}")
+    check_key(key)
     if allocation.counts is None or allocation.reads_scores:
         raise ValueError(
             f"allocation.{allocation.name} ranks scores, and weights that are not there have none: "

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from jaxcomp import tree as tree_lib
 from jaxcomp.compression import Compression, Params, State
+from jaxcomp.prune.checks import check_key
 from jaxcomp.prune.masks import Structures
 from jaxcomp.prune.penalties import unit_size, unit_structures
 from jaxcomp.prune.structures import Element, Structure, pool, spread
@@ -254,12 +255,9 @@ def _gated(leaf: Array, gates: Array, structure: Structure) -> Array:
 
 
 def _typed(key: Any) -> Array:
-    dtype = getattr(key, "dtype", None)
-    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and key.shape == ():
-        return key
-    if dtype == jnp.uint32 and key.ndim == 1:
-        return jax.random.wrap_key_data(key)
-    raise TypeError(f"key must be one random key, such as jax.random.key(0), not {key!r}")
+    check_key(key)
+    new = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return key if new else jax.random.wrap_key_data(key)
 
 
 def _check(penalty: float, droprate_init: float, end: int | None) -> None:

@@ -259,7 +259,7 @@ def test_bad_arguments_keys_and_structures_are_refused():
     with pytest.raises(ValueError, match="end"):
         hard_concrete(0.1, KEY, end=-1)
     for bad in (0, jax.random.split(KEY, 2), jnp.ones(2)):
-        with pytest.raises(TypeError, match="one random key"):
+        with pytest.raises(TypeError, match="key must be one PRNG key"):
             hard_concrete(0.1, bad)
     with pytest.raises(ValueError, match="kernel: NM"):
         hard_concrete(0.1, KEY, NM(2, 4)).init({"kernel": jnp.ones((4, 4))})
