@@ -2,6 +2,6 @@
 
 from jaxcomp.quantize.affine import encode, fake_quant
 from jaxcomp.quantize.formats import Format, PerChannel, PerGroup, PerTensor
-from jaxcomp.quantize.method import train
+from jaxcomp.quantize.training.straight_through import train
 
 __all__ = ["Format", "PerChannel", "PerGroup", "PerTensor", "encode", "fake_quant", "train"]

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from quantize_reference import encode_jit, name_of, same_bits, samples
 
 import jaxcomp
 from jaxcomp import partition, quantize
 from jaxcomp.compression import State
 from jaxcomp.quantize import Format, PerChannel, PerGroup, PerTensor
-from jaxcomp.quantize.method import QuantizeBuffers
+from jaxcomp.quantize.training.straight_through import QuantizeBuffers
+from tests.quantize.quantize_reference import encode_jit, name_of, same_bits, samples
 
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(16, 8)), jnp.float32)

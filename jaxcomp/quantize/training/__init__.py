@@ -1,0 +1,1 @@
+"""Methods that quantize while a network trains, inside the user's own train step."""
