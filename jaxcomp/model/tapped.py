@@ -1,7 +1,8 @@
-"""Run a program as it is and fold a state over what passes through some of its operations.
+"""Run a program as it is, or with some operations done otherwise, and fold a state over it.
 
 No hooks, no second model: the operations of the program are bound again, one by one, and a state is
 handed from one to the next, into loops and branches and out of them. It all happens inside ``jit``.
+A *tap* looks at what an operation reads; a *swap* stands in its place.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,10 +14,13 @@ import jax.numpy as jnp
 from jaxcomp.model.program import Block, Op, Program, Value, Wiring, wirings
 
 # Bodies that run exactly once a visit, in the caller's own terms.
-_INLINE = frozenset({"custom_jvp_call", "custom_vjp_call", "remat2", "checkpoint"})
-_ENTERED = _INLINE | {"scan", "while", "cond"}
+_RULES = frozenset({"custom_jvp_call", "custom_vjp_call"})
+_REMAT = frozenset({"remat2", "checkpoint"})
+_ENTERED = _RULES | _REMAT | {"scan", "while", "cond"}
 
 State = dict[str, Any]
+# ``bind(*inputs)`` performs the operation as it is; its results in order.
+Bind = Callable[..., Sequence[Any]]
 
 
 class Tap(NamedTuple):
@@ -34,23 +38,58 @@ class Tap(NamedTuple):
     fold: Callable[[Any, tuple[Any, ...]], Any]
 
 
+class Swap(NamedTuple):
+    """How to perform one operation otherwise, with entries of the state.
+
+    Attributes:
+        keys: the entries that it works on.
+        loops: as those of :class:`Tap`, for all of these entries.
+        perform: ``perform(entries, inputs, bind) -> (results, entries)``, with the entries by key.
+    """
+
+    keys: tuple[str, ...]
+    loops: tuple[Op, ...]
+    perform: Callable[[State, tuple[Any, ...], Bind], tuple[Sequence[Any], State]]
+
+
 Taps = Mapping[Op, Sequence[Tap]]
+# A plain function of ``(inputs, bind)`` is a swap without a state; it returns the results alone.
+Swaps = Mapping[Op, Swap | Callable[[tuple[Any, ...], Bind], Sequence[Any]]]
+
+
+class _Plan(NamedTuple):
+    taps: Taps
+    swaps: Swaps
 
 
 def run(
-    program: Program, values: Sequence[Any], taps: Taps, state: State
+    program: Program,
+    values: Sequence[Any],
+    taps: Taps,
+    state: State,
+    swaps: Swaps | None = None,
 ) -> tuple[list[Any], State]:
-    """Run a program; its results, and the state after every tap that was passed.
+    """Run a program; its results, and the state after every tap and swap that was passed.
+
+    A function with a derivative rule of its own (``jax.custom_jvp``, ``jax.custom_vjp``) keeps the
+    rule as long as no tap or swap lies inside; otherwise its body runs in its place and is
+    differentiated as it stands. Rematerialization is kept around what is swapped.
 
     Args:
         program: from :func:`jaxcomp.model.program.read`.
         values: arrays for the inputs of ``program.block``: the leaves, then the other inputs.
-        taps: what to do where; for each operation that is the key of a tap,
+        taps: what to do where; for each operation that is the key of a tap or a swap,
             :func:`obstacle` must be None.
         state: an entry for each key.
+        swaps: what to do instead of which operations. A tap at the same operation sees the inputs
+            that the program gives it; of taps and swaps inside the bodies of a swapped operation
+            there may be none.
 
     Returns:
         The outputs, flat, and the new state.
+
+    Raises:
+        ValueError: a swap makes results of other shapes or dtypes than its operation.
 
     Example:
         >>> from jaxcomp.model.program import read
@@ -59,8 +98,14 @@ def run(
         >>> tap = Tap("seen", (), lambda entry, inputs: entry + 1)
         >>> run(program, (jnp.ones(3), jnp.zeros(3)), {product: [tap]}, {"seen": 0})
         ([Array([0., 0., 0.], dtype=float32)], {'seen': 1})
+
+        The same program with a sum instead of the product:
+
+        >>> swaps = {product: lambda inputs, bind: [inputs[0] + inputs[1]]}
+        >>> run(program, (jnp.ones(3), jnp.zeros(3)), {}, {}, swaps)
+        ([Array([1., 1., 1.], dtype=float32)], {})
     """
-    return _block(program.block, values, taps, state)
+    return _block(program.block, values, _Plan(taps, swaps or {}), state)
 
 
 def around(program: Program) -> Iterator[tuple[Op, tuple[tuple[Op, Block], ...]]]:
@@ -76,7 +121,7 @@ def around(program: Program) -> Iterator[tuple[Op, tuple[tuple[Op, Block], ...]]
 
 
 def obstacle(outside: Sequence[tuple[Op, Block]]) -> str | None:
-    """Why an operation inside these bodies cannot be tapped, or None.
+    """Why an operation inside these bodies cannot be tapped or swapped, or None.
 
     Args:
         outside: as :func:`around` gives them.
@@ -90,7 +135,7 @@ def obstacle(outside: Sequence[tuple[Op, Block]]) -> str | None:
 
 
 def _block(
-    block: Block, values: Sequence[Any], taps: Taps, state: State
+    block: Block, values: Sequence[Any], plan: _Plan, state: State
 ) -> tuple[list[Any], State]:
     held: dict[Value, Any] = dict(zip(block.inputs, values, strict=True))
 
@@ -99,54 +144,104 @@ def _block(
 
     for op in block.ops:
         inputs = tuple(map(value, op.inputs))
-        if any(True for _ in _tapped(op.blocks, taps)):
-            results, state = _nested(op, inputs, taps, state)
+        if op in plan.swaps:
+            results, state = _swapped(op, inputs, plan.swaps[op], state)
+        elif any(True for _ in _entries(op.blocks, plan)):
+            results, state = _nested(op, inputs, plan, state)
         else:
-            results = _bind(op, inputs)
+            results = bind(op, *inputs)
         held.update(zip(op.outputs, results, strict=True))
-        for tap in taps.get(op, ()):
+        for tap in plan.taps.get(op, ()):
             state = {**state, tap.key: tap.fold(state[tap.key], inputs)}
     return [value(output) for output in block.outputs], state
 
 
-def _bind(op: Op, inputs: tuple[Any, ...]) -> Sequence[Any]:
+def bind(op: Op, *inputs: Any) -> Sequence[Any]:
+    """Perform an operation as it is.
+
+    Args:
+        op: an operation of a program.
+        *inputs: what it reads.
+
+    Returns:
+        Its results, in order.
+
+    Example:
+        >>> from jaxcomp.model.program import read
+        >>> (op,) = read(lambda p, x: p * x, jnp.ones(2), jnp.ones(2)).block.ops
+        >>> bind(op, jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0]))
+        (Array([3., 8.], dtype=float32),)
+    """
     results = op.primitive.bind(*inputs, **op.primitive.get_bind_params(op.params))
     return tuple(results) if op.primitive.multiple_results else (results,)
 
 
-def _tapped(blocks: Sequence[Block], taps: Taps) -> Iterator[Tap]:
+def _swapped(op: Op, inputs: tuple[Any, ...], swap: Any, state: State) -> Any:
+    def as_it_is(*inputs: Any) -> Sequence[Any]:
+        return bind(op, *inputs)
+
+    if isinstance(swap, Swap):
+        entries = {key: state[key] for key in swap.keys}
+        results, entries = swap.perform(entries, inputs, as_it_is)
+        state = {**state, **entries}
+    else:
+        results = swap(inputs, as_it_is)
+    made = [(kind.shape, kind.dtype) for kind in map(jax.typeof, results)]
+    wanted = [(output.shape, output.dtype) for output in op.outputs]
+    if made != wanted:
+        raise ValueError(f"the swap of {op} makes {made}: it must make {wanted}, as {op.name} does")
+    return results, state
+
+
+def _entries(blocks: Sequence[Block], plan: _Plan) -> Iterator[tuple[str | None, tuple[Op, ...]]]:
+    """The key and the loops of every tap and swap in some bodies; no key without a state."""
     for block in blocks:
         for op in block.ops:
-            yield from taps.get(op, ())
-            yield from _tapped(op.blocks, taps)
+            for tap in plan.taps.get(op, ()):
+                yield tap.key, tap.loops
+            swap = plan.swaps.get(op)
+            if isinstance(swap, Swap):
+                yield from ((key, swap.loops) for key in swap.keys)
+            elif swap is not None:
+                yield None, ()
+            yield from _entries(op.blocks, plan)
 
 
-def _nested(
-    op: Op, inputs: tuple[Any, ...], taps: Taps, state: State
-) -> tuple[Sequence[Any], State]:
-    """An operation with taps in its bodies; only their entries of the state go in."""
-    inner = {tap.key: state[tap.key] for tap in _tapped(op.blocks, taps)}
-    if op.name in _INLINE:
-        results, inner = _block(op.blocks[0], inputs, taps, inner)
+def _nested(op: Op, inputs: tuple[Any, ...], plan: _Plan, state: State) -> Any:
+    """An operation with taps or swaps in its bodies; only their entries of the state go in."""
+    keys = dict.fromkeys(key for key, _ in _entries(op.blocks, plan) if key is not None)
+    inner = {key: state[key] for key in keys}
+    if op.name in _RULES:
+        results, inner = _block(op.blocks[0], inputs, plan, inner)
+    elif op.name in _REMAT:
+        results, inner = _remat(op, inputs, plan, inner)
     else:
         results, inner = {"scan": _scan, "while": _while, "cond": _cond}[op.name](
-            op, inputs, taps, inner
+            op, inputs, plan, inner
         )
     return results, {**state, **inner}
 
 
-def _scan(op: Op, inputs: tuple[Any, ...], taps: Taps, state: State) -> Any:
+def _remat(op: Op, inputs: tuple[Any, ...], plan: _Plan, state: State) -> Any:
+    def body(inputs: tuple[Any, ...], entries: State) -> Any:
+        return _block(op.blocks[0], inputs, plan, entries)
+
+    again = jax.checkpoint(body, policy=op.params["policy"], prevent_cse=op.params["prevent_cse"])
+    return again(inputs, state)
+
+
+def _scan(op: Op, inputs: tuple[Any, ...], plan: _Plan, state: State) -> Any:
     (wiring,) = wirings(op)
     carried = len(wiring.carry)
     last = sum(not link.stacked for link in wiring.enter)
     first = last - carried
-    walked = {tap.key for tap in _tapped(op.blocks, taps) if op in tap.loops}
+    walked = {key for key, loops in _entries(op.blocks, plan) if key is not None and op in loops}
 
     def turn(carry: Any, slices: Any) -> Any:
         values, common = carry
         here, own = slices
         arguments = (*inputs[:first], *values, *here)
-        results, entries = _block(op.blocks[0], arguments, taps, {**common, **own})
+        results, entries = _block(op.blocks[0], arguments, plan, {**common, **own})
         carry = (results[:carried], {key: entries[key] for key in common})
         return carry, (results[carried:], {key: entries[key] for key in own})
 
@@ -164,23 +259,23 @@ def _scan(op: Op, inputs: tuple[Any, ...], taps: Taps, state: State) -> Any:
     return [*values, *stacks], {**common, **own}
 
 
-def _while(op: Op, inputs: tuple[Any, ...], taps: Taps, state: State) -> Any:
+def _while(op: Op, inputs: tuple[Any, ...], plan: _Plan, state: State) -> Any:
     condition, body = wirings(op)
     n, m = op.params["cond_nconsts"], op.params["body_nconsts"]
 
     def goes_on(carry: Any) -> Any:
-        (result,), _ = _block(condition.block, (*inputs[:n], *carry[0]), {}, {})
+        (result,), _ = _block(condition.block, (*inputs[:n], *carry[0]), _Plan({}, {}), {})
         return result
 
     def turn(carry: Any) -> Any:
-        return _block(body.block, (*inputs[n : n + m], *carry[0]), taps, carry[1])
+        return _block(body.block, (*inputs[n : n + m], *carry[0]), plan, carry[1])
 
     return jax.lax.while_loop(goes_on, turn, (_typed(inputs[n + m :], op.inputs[n + m :]), state))
 
 
-def _cond(op: Op, inputs: tuple[Any, ...], taps: Taps, state: State) -> Any:
+def _cond(op: Op, inputs: tuple[Any, ...], plan: _Plan, state: State) -> Any:
     def branch(block: Block) -> Any:
-        return lambda values, entries: _block(block, values, taps, entries)
+        return lambda values, entries: _block(block, values, plan, entries)
 
     return jax.lax.switch(inputs[0], [branch(block) for block in op.blocks], inputs[1:], state)
 
