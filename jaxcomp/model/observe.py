@@ -13,6 +13,7 @@ from jaxcomp import sharding as sharding_lib
 from jaxcomp import tree as tree_lib
 from jaxcomp.model import samples as samples_lib
 from jaxcomp.model import tapped
+from jaxcomp.model.batches import checked, spread
 from jaxcomp.model.program import Block, Op, Program, Value, read
 from jaxcomp.model.progress import watched
 from jaxcomp.model.samples import Samples, Unobservable
@@ -141,8 +142,8 @@ def observe(
     times: dict[str, np.ndarray] = {}
     pending: list[Any] = []
     number = -1
-    for number, item in enumerate(watched(_checked(batches), "observing", progress)):
-        inputs = item if type(item) is tuple else (item,)
+    for number, item in enumerate(watched(checked(batches), "observing", progress)):
+        inputs = spread(item)
         key = _signature((params, inputs))
         if key not in plans:
             plan = _plan(read(apply_fn, params, *inputs), statistic, patterns)
@@ -163,14 +164,6 @@ def observe(
     for last in pending:
         _look(last, times)
     return _finish(first, statistic, state, times)
-
-
-def _checked(batches: Iterable[Any]) -> Iterable[Any]:
-    if isinstance(batches, (np.ndarray, jax.Array)):
-        raise TypeError("batches is one array: give an iterable of batches, such as [array]")
-    if not isinstance(batches, Iterable):
-        raise TypeError(f"batches must be an iterable of batches, not {type(batches).__name__}")
-    return batches
 
 
 def _signature(arguments: Any) -> Any:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from jaxcomp import columns
 from jaxcomp import tree as tree_lib
 from jaxcomp.model.cost import NOTHING, Cost
 from jaxcomp.model.program import read
@@ -202,7 +203,6 @@ def _use_cost(use: Use) -> Cost:
 
 
 _TITLES = ("leaf", "shape", "operation", "axes", "times", "FLOPs", "MACs", "bytes")
-_NUMBERS = 4
 
 
 def _table(trace: ModelTrace) -> str:
@@ -219,7 +219,7 @@ def _table(trace: ModelTrace) -> str:
     total = trace.total
     return "\n".join(
         [
-            *_aligned(rows),
+            columns.table(rows, left=4),
             "",
             f"FLOPs {total.flops:,}, MACs {total.macs:,}, transcendentals "
             f"{total.transcendentals:,}, bytes {total.bytes:,} (no operation fused with another)",
@@ -228,15 +228,3 @@ def _table(trace: ModelTrace) -> str:
             *trace.notes,
         ]
     )
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows as lines: words to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if i < _NUMBERS else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxcomp.prune.checks import check_key, is_number
+from jaxcomp.checks import check_key, is_number
 from jaxcomp.prune.widened import wide, wide_evidence, wide_zeros
 from jaxcomp.sharding import placed_like
 

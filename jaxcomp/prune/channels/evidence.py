@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcomp import tree as tree_lib
+from jaxcomp.checks import check_function, one_number
+from jaxcomp.model.batches import spread
 from jaxcomp.model.observe import observe
 from jaxcomp.model.statistics import mean_square
 from jaxcomp.model.trace import trace
 from jaxcomp.prune.channels.groups import Need
-from jaxcomp.prune.checks import check_function, one_number
-from jaxcomp.prune.post_training.batches import add_up, spread
+from jaxcomp.prune.post_training.sums import add_up
 
 
 class Evidence(NamedTuple):

@@ -1,6 +1,6 @@
 """A point between two steps of channel removal, in a file: where to go on after a kill.
 
-The file says which call wrote it, see :mod:`jaxcomp.prune.resuming`.
+The file says which call wrote it, see :mod:`jaxcomp.checkpoint.resuming`.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,8 +13,8 @@ from jax.sharding import NamedSharding
 
 from jaxcomp import tree as tree_lib
 from jaxcomp.checkpoint import CheckpointError, load, save
+from jaxcomp.checkpoint.resuming import SCALARS, check_call, take_apart
 from jaxcomp.prune.channels.selection import Kept
-from jaxcomp.prune.resuming import SCALARS, check_call, take_apart
 
 FILE = "channels.jxc"
 _FORMAT = 1

@@ -14,6 +14,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Float, UInt32
 
+from jaxcomp.checks import check_count
 from jaxcomp.kernels.threshold import (
     magnitude_bits,
     removal_count,
@@ -21,7 +22,6 @@ from jaxcomp.kernels.threshold import (
     smallest_masks,
     sortable_bits,
 )
-from jaxcomp.prune.checks import check_count
 from jaxcomp.prune.post_training.obs import (
     PER_OUTPUT,
     PrunedMatrix,

@@ -18,15 +18,16 @@ import numpy as np
 
 from jaxcomp import tree as tree_lib
 from jaxcomp.arrays import is_compressed
-from jaxcomp.prune.checks import (
+from jaxcomp.checks import (
     check_count,
     check_function,
     check_key,
     check_leaves,
     one_number,
 )
-from jaxcomp.prune.post_training.batches import add_up, checked
+from jaxcomp.model.batches import checked
 from jaxcomp.prune.post_training.input_norms import input_norms
+from jaxcomp.prune.post_training.sums import add_up
 from jaxcomp.prune.widened import wide, wide_zeros
 
 __all__ = [

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcomp import tree as tree_lib
+from jaxcomp.checks import choose
+from jaxcomp.model.batches import peek, spread
 from jaxcomp.model.observe import observe
 from jaxcomp.model.statistics import Statistic, mean_square
 from jaxcomp.model.trace import trace
 from jaxcomp.model.uses import Use
-from jaxcomp.prune.checks import as_patterns, check_leaves
-from jaxcomp.prune.post_training.batches import peek, spread
 
 
 def input_norms(
@@ -78,34 +78,6 @@ def input_norms(
         listed = "; ".join(f"{key}: {reason}" for key, reason in reasons.items())
         raise ValueError(f"no input norms for {listed}: name the leaves that are meant with paths=")
     return tree_lib.Leaves((path, found[path]) for path in chosen)
-
-
-def choose(params: Any, paths: str | Sequence[str] | None) -> tree_lib.Leaves:
-    """The leaves that patterns name; all that are compressed by default if there are none.
-
-    Args:
-        params: any tree.
-        paths: patterns, see :func:`jaxcomp.tree.matching`.
-
-    Returns:
-        A selection, in the order of the tree.
-
-    Raises:
-        ValueError: a pattern matches no leaf, or there is none; there is no weight; a leaf is not
-            finite.
-        TypeError: a leaf is no array, or a chosen one not of floats; ``paths`` are no patterns.
-
-    Example:
-        >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
-        >>> list(choose(params, None)), list(choose(params, "b*"))
-        (['kernel'], ['bias'])
-    """
-    check_leaves(params)
-    if paths is None:
-        return tree_lib.select(params)
-    leaves = tree_lib.flatten(params)
-    named = tree_lib.assign(as_patterns(paths), leaves)
-    return tree_lib.select(tree_lib.Leaves((p, leaf) for p, leaf in leaves.items() if p in named))
 
 
 def _norm() -> Statistic:

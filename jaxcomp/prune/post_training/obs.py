@@ -19,7 +19,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
-from jaxcomp.prune.checks import check_amount, check_count
+from jaxcomp.checks import check_amount, check_count
 from jaxcomp.prune.structures import Element
 
 # Ways to say that the weights of each output compete among themselves.

@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float64, Int64
 
+from jaxcomp import columns
 from jaxcomp import tree as tree_lib
+from jaxcomp.checkpoint.records import Record, Records
+from jaxcomp.checks import check_count, check_function
 from jaxcomp.model.progress import watched
 from jaxcomp.prune import scores as scores_lib
 from jaxcomp.prune.allocation import uniform
-from jaxcomp.prune.checks import check_count, check_function
 from jaxcomp.prune.masks import Structures, renew, resolve, zero_out
 from jaxcomp.prune.post_training import study
 from jaxcomp.prune.post_training.column_walk import lost_of_run
@@ -75,9 +77,8 @@ class Sensitivity(NamedTuple):
             rows.append(
                 (self.paths[at], f"{self.sizes[at]:,}", *(f"{drop:.3g}" for drop in row), curve)
             )
-        return (
-            f"drop of {self.dense_value:.6g} with one leaf pruned, by sparsity\n{study.table(rows)}"
-        )
+        title = f"drop of {self.dense_value:.6g} with one leaf pruned, by sparsity"
+        return f"{title}\n{columns.table(rows)}"
 
 
 def sensitivity(
@@ -146,13 +147,13 @@ def sensitivity(
     structures = resolve(structure, scores)
     _check_runs(structures, asked[-1])
     leaves = tree_lib.take(params, scores)
-    records = study.Records.open(
+    records = Records.open(
         directory, FILE, lambda: study.identify(params, scores, structure=structure)
     )
     if "" not in records.found:
         start = time.perf_counter()
         value = study.check_value(evaluate(params))
-        records.add({"": study.Record((), value, time.perf_counter() - start)})
+        records.add({"": Record((), value, time.perf_counter() - start)})
     dense = records.found[""].value
     if not math.isfinite(dense):
         raise ValueError(
@@ -208,13 +209,13 @@ def _evaluated(
     path: str,
     sparsities: list[float],
     count: int,
-) -> dict[str, study.Record]:
+) -> dict[str, Record]:
     start = time.perf_counter()
     candidates = [pruned(sparsity) for sparsity in sparsities]
     values = run([leaf for leaf, _ in candidates])
     seconds = (time.perf_counter() - start) / count
     return {
-        _name(path, sparsity): study.Record((removed,), value, seconds)
+        _name(path, sparsity): Record((removed,), value, seconds)
         for sparsity, (_, removed), value in zip(sparsities, candidates, values, strict=True)
     }
 
@@ -263,7 +264,7 @@ def _largest(jaxpr: Any) -> int:
 def _collect(
     leaves: tree_lib.Leaves,
     asked: list[float],
-    records: dict[str, study.Record],
+    records: dict[str, Record],
     dense: float,
 ) -> Sensitivity:
     found = [[records[_name(path, sparsity)] for sparsity in asked] for path in leaves]
@@ -272,7 +273,7 @@ def _collect(
         tuple(leaves),
         tuple(leaf.size for leaf in leaves.values()),
         tuple(asked),
-        np.array([[record.removed[0] for record in row] for row in found], np.int64),
+        np.array([[record.counts[0] for record in row] for row in found], np.int64),
         np.where(np.isfinite(values), values, np.nan),
         dense,
     )

@@ -1,9 +1,8 @@
 """SparseGPT on a whole model: leaf after leaf, in the order of its program."""
 
-import glob
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,19 +13,15 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from jaxcomp import columns
 from jaxcomp import tree as tree_lib
+from jaxcomp.checks import check_amount, check_count, choose
+from jaxcomp.model.batches import peek, rereadable, spread
+from jaxcomp.model.layerwise import WalkFiles, moment_of, moments, walk
 from jaxcomp.model.matrices import MatrixForm, from_matrix, matrix_forms, to_matrix
-from jaxcomp.model.observe import Observed, observe
 from jaxcomp.model.program import read
-from jaxcomp.model.progress import watched
-from jaxcomp.model.statistics import Statistic, second_moment
-from jaxcomp.prune.checks import check_amount, check_count
-from jaxcomp.prune.post_training import study
-from jaxcomp.prune.post_training.batches import peek, spread
 from jaxcomp.prune.post_training.column_walk import block_counts, prune_in_blocks
-from jaxcomp.prune.post_training.input_norms import choose
 from jaxcomp.prune.post_training.obs import PER_OUTPUT, output_error
-from jaxcomp.prune.post_training.walk_files import WalkFiles
 from jaxcomp.prune.schedules import check_sparsity
 from jaxcomp.prune.structures import NM, Element, check_structure
 from jaxcomp.sharding import automatic, spec_like
@@ -153,25 +148,31 @@ def sparsegpt(
     One-Shot", 2023.
     """
     _check_numbers(sparsity, sequential, at_once, block_size, damping)
-    again = _rereadable(batches)
+    again = rereadable(batches)
     tasks = _plan(apply_fn, params, again, sparsity, structure, paths, block_size)
     groups = [list(tasks)[i : i + at_once] for i in range(0, len(tasks), at_once)]
     files = None
     if directory is not None:
         call = _identify(tasks, sequential, at_once, block_size, damping)
-        files = WalkFiles.open(directory, call, params)
+        files = WalkFiles.open(directory, "sparsegpt", call, params)
     dense = tree_lib.flatten(params)
     weights, masks, reports = tree_lib.Leaves(), {}, []
-    for number, group in enumerate(watched(groups, "pruning", progress)):
-        done = None if files is None else files.read(number, group, dense)
-        if done is None:
-            seen = tree_lib.replace(params, weights) if sequential else params
-            done = _prune_group(apply_fn, seen, again(), dense, group, tasks, block_size, damping)
-            if files is not None:
-                files.write(number, done)
-        for path, (weight, mask, report) in done.items():
-            weights[path], masks[path] = weight, mask
-            reports.append(PrunedLeaf(path, tuple(mask.shape), *report))
+    finished = walk(
+        apply_fn,
+        params,
+        again,
+        groups,
+        moments(),
+        lambda path, leaf, uses: _solve(tasks[path], leaf, uses, block_size, damping),
+        sequential=sequential,
+        files=files,
+        check=lambda path, parts: _check_parts(path, parts, dense[path]),
+        words="pruning",
+        progress=progress,
+    )
+    for path, (weight, mask, numbers) in finished:
+        weights[path], masks[path] = weight, _place(mask, dense[path])
+        reports.append(PrunedLeaf(path, tuple(mask.shape), *numbers))
     ordered = tree_lib.Leaves((path, masks[path]) for path in dense if path in masks)
     return Repaired(tree_lib.replace(params, weights), ordered, tuple(reports))
 
@@ -200,29 +201,6 @@ def _identify(
         "block_size": str(block_size),
         "damping": str(float(damping)),
     }
-
-
-def _rereadable(batches: Any) -> Callable[[], Any]:
-    if isinstance(batches, Iterator):
-        raise TypeError(
-            f"batches: {type(batches).__name__} can be read only once, and every pass reads it: "
-            "pass a list, or a function that returns a new iterator"
-        )
-    if not callable(batches):
-        return lambda: batches
-    last = None
-
-    def again() -> Any:
-        nonlocal last
-        before, last = last, batches()
-        if isinstance(last, Iterator) and last is before:
-            raise TypeError(
-                f"batches returns the same {type(last).__name__} again, which can be read only "
-                "once: return a new iterator each time"
-            )
-        return last
-
-    return again
 
 
 def _plan(
@@ -292,55 +270,29 @@ def _run_axis(form: MatrixForm) -> int:
     return [axis for axis in form.input_axes if axis not in form.kernel_axes][-1]
 
 
-def _prune_group(
-    apply_fn: Callable[..., Any],
-    seen: Any,
-    batches: Iterable[Any],
-    dense: Mapping[str, Any],
-    group: Sequence[str],
-    tasks: Mapping[str, _Task],
-    block_size: int,
-    damping: float,
-) -> dict[str, tuple[Array, Array, list[float]]]:
-    """New weight, mask and numbers of each leaf, after a pass over the batches."""
-    patterns = [glob.escape(path) for path in group]
-    found = observe(apply_fn, seen, batches, _moments(), paths=patterns, progress=False)
-    if found.unobserved:
-        reasons = "; ".join(f"{key}: {reason}" for key, reason in found.unobserved.items())
-        raise ValueError(f"no second moments of {reasons}: leave these leaves out with paths=")
-    done = {}
-    for path in group:
-        task, leaf = tasks[path], dense[path]
-        moment = _moment_of(found, path)
-        work = partial(_prune_leaf, task.form, task.structure, block_size)
-        spec = spec_like(leaf, leaf.shape)
-        out = (spec, spec, PartitionSpec())
-        weight, mask, numbers = automatic(work, out)(leaf, moment, task.counts, damping)
-        done[path] = (_place(weight, leaf), _place(mask, leaf), np.asarray(numbers).tolist())
-    return done
+def _solve(
+    task: _Task, leaf: Array, uses: tuple[Any, ...], block_size: int, damping: float
+) -> tuple[Array, Array, list[float]]:
+    """New weight, mask and numbers of a leaf."""
+    work = partial(_prune_leaf, task.form, task.structure, block_size)
+    spec = spec_like(leaf, leaf.shape)
+    out = (spec, spec, PartitionSpec())
+    weight, mask, numbers = automatic(work, out)(leaf, moment_of(uses), task.counts, damping)
+    return _place(weight, leaf), _place(mask, leaf), np.asarray(numbers).tolist()
+
+
+def _check_parts(path: str, parts: tuple[Any, ...], like: Any) -> None:
+    weight, mask, numbers = parts
+    for array, dtype in ((weight, like.dtype), (mask, bool)):
+        if array.shape != like.shape or array.dtype != dtype:
+            raise ValueError(f"{path}: {array.dtype} {array.shape}, not {dtype} {like.shape}")
+    if len(numbers) != 3 or not all(isinstance(number, float) for number in numbers):
+        raise ValueError(f"{path}: {numbers!r:.60} are not three numbers")
 
 
 def _place(array: Array, like: Any) -> Array:
     sharding = getattr(like, "sharding", None)
     return jax.device_put(array, sharding) if isinstance(sharding, NamedSharding) else array
-
-
-def _moments() -> Statistic:
-    """Second moments and how many samples they are of."""
-    base = second_moment()
-    return base._replace(
-        finish=lambda state: (base.finish(state), state.samples.high + state.samples.low)
-    )
-
-
-def _moment_of(found: Observed, path: str) -> Array:
-    """The moment of a leaf, over all its uses."""
-    pairs = [pair for key, pair in found.items() if key == path or key.startswith(f"{path}#")]
-    if len(pairs) == 1:
-        return pairs[0][0]
-    total = jnp.sum(jnp.stack([samples for _, samples in pairs]), 0)
-    parts = [moment * (samples / total)[..., None, None] for moment, samples in pairs]
-    return jnp.sum(jnp.stack(parts), 0)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -389,4 +341,4 @@ def _table(leaves: Sequence[PrunedLeaf]) -> str:
         shape = f"({', '.join(map(str, leaf.shape))})"
         numbers = (leaf.sparsity, leaf.masked_error, leaf.error)
         rows.append((leaf.path, shape, *(f"{100 * number:.1f}%" for number in numbers)))
-    return study.table(rows, left=2)
+    return columns.table(rows, left=2)

@@ -1,125 +1,17 @@
-"""Evaluations of pruned parameters, kept in a file as they finish.
+"""What searches over pruned parameters share: their scores, their values, their names."""
 
-A search is a function of the values that it has seen. What a killed one has seen is in the file, so
-that the same call reads it back, goes the same way and comes to the same result bit for bit.
-"""
-
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxcomp import tree as tree_lib
-from jaxcomp.checkpoint import CheckpointError, load, save
+from jaxcomp.checkpoint.resuming import describe
+from jaxcomp.checks import as_patterns, check_function
 from jaxcomp.prune import scores as scores_lib
-from jaxcomp.prune.checks import as_patterns, check_function
-from jaxcomp.prune.resuming import check_call, describe, file_in
 from jaxcomp.prune.scores import RunningScore, Score
-
-_FORMAT = 1
-
-
-class Record(NamedTuple):
-    """One finished evaluation.
-
-    Attributes:
-        removed: weights removed, one number a leaf that is looked at.
-        value: what ``evaluate`` returned; NaN where that failed.
-        seconds: what it took.
-    """
-
-    removed: tuple[int, ...]
-    value: float
-    seconds: float
-
-
-class Records(NamedTuple):
-    """Finished evaluations of one call, in memory and in a file.
-
-    Attributes:
-        path: the file; None: nothing is kept.
-        call: what tells the call from others.
-        found: by name; those of earlier runs of the call, and what :meth:`add` was given.
-    """
-
-    path: str | None
-    call: Mapping[str, str]
-    found: dict[str, Record]
-
-    @staticmethod
-    def open(
-        directory: str | os.PathLike | None, name: str, call: Callable[[], Mapping[str, str]]
-    ) -> "Records":
-        """What earlier runs of a call have finished.
-
-        Args:
-            directory: made if it is not there; None: nothing is kept.
-            name: of the file.
-            call: gives what tells the call from others, from :func:`identify`.
-
-        Returns:
-            Records; none if there is no file.
-
-        Raises:
-            TypeError: the directory is no path, or a leaf is nothing that can be told apart.
-            ValueError: another call wrote the file.
-            CheckpointError: the file is damaged, or holds something else.
-
-        Example:
-            >>> Records.open(None, "to_accuracy.jxc", dict).found
-            {}
-        """
-        if directory is None:
-            return Records(None, {}, {})
-        path, lines = file_in(directory, name), call()
-        return Records(path, lines, _read(path, lines) if os.path.exists(path) else {})
-
-    def add(self, news: Mapping[str, Record]) -> None:
-        """Keep more of them; the file is replaced at once, so it is never half written.
-
-        Args:
-            news: by name.
-
-        Raises:
-            OSError: the file cannot be written.
-        """
-        self.found.update(news)
-        if self.path is not None:
-            write_records(self.path, self.call, self.found)
-
-
-def _read(path: str, call: Mapping[str, str]) -> dict[str, Record]:
-    tree = load(path)
-    if not isinstance(tree, dict) or tree.keys() != {"format", "call", "records"}:
-        raise CheckpointError(f"{path}: not a file of finished evaluations")
-    if tree["format"] != _FORMAT:
-        raise CheckpointError(f"{path}: not a file that this version wrote")
-    check_call(path, tree["call"], call)
-    try:
-        return {
-            name: Record(tuple(map(int, removed)), float(value), float(seconds))
-            for name, (removed, value, seconds) in tree["records"].items()
-        }
-    except (AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: a record cannot be read: {error}") from error
-
-
-def write_records(path: str, call: Mapping[str, str], records: Mapping[str, Record]) -> None:
-    """Replace the file by one with these records.
-
-    Args:
-        path: the file.
-        call: what tells the call from others.
-        records: by name.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    plain = {name: [list(each.removed), *each[1:]] for name, each in records.items()}
-    save(path, {"format": _FORMAT, "call": dict(call), "records": plain})
 
 
 def identify(params: Any, scores: tree_lib.Leaves, **words: Any) -> dict[str, str]:
@@ -271,22 +163,3 @@ def is_real_scalar(array: Any) -> bool:
     """
     real = jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)
     return real and array.shape == ()
-
-
-def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Rows of words in columns, the first ones to the left and the others to the right.
-
-    Example:
-        >>> print(table([("path", "drop"), ("a", "0.1")]))
-        path  drop
-        a      0.1
-    """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [
-            word.ljust(width) if i < left else word.rjust(width)
-            for i, (word, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)

@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcomp import tree as tree_lib
+from jaxcomp.checks import check_count, check_function, choose
 from jaxcomp.kernels.threshold import removal_count_exact, smallest_masks, sortable_bits
 from jaxcomp.prune import scores
-from jaxcomp.prune.checks import check_count, check_function
 from jaxcomp.prune.masks import zero_out
-from jaxcomp.prune.post_training.input_norms import choose
 from jaxcomp.prune.schedules import check_sparsity
 
 

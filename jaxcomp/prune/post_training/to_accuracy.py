@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcomp import columns
 from jaxcomp import tree as tree_lib
+from jaxcomp.checkpoint.records import Record, Records
+from jaxcomp.checks import check_amount, check_count, check_function, is_number
 from jaxcomp.model.progress import watched
 from jaxcomp.prune import scores as scores_lib
 from jaxcomp.prune.allocation import Allocation, global_threshold
-from jaxcomp.prune.checks import check_amount, check_count, check_function, is_number
 from jaxcomp.prune.masks import Structures, apply_masks, renew, resolve
 from jaxcomp.prune.post_training import study
 from jaxcomp.prune.schedules import check_sparsity
@@ -83,7 +85,7 @@ class ToAccuracy(NamedTuple):
             numbers = (f"{trial.sparsity:.3%}", f"{trial.value:.6g}", f"{drop:.3g}")
             rows.append((f"{trial.asked:.3%}", *numbers, words, f"{trial.seconds:.2f}"))
         return (
-            f"{study.table(rows)}\n"
+            f"{columns.table(rows)}\n"
             f"best: {self.sparsity:.3%} removed, value {self.value:.6g} (dense "
             f"{self.dense_value:.6g}, drop at most {self.max_drop:.3g}); stopped by "
             f"{self.stopped_by}"
@@ -181,17 +183,17 @@ def to_accuracy(
     for probe in (lowest, highest):
         # What no sparsity mends is refused before anything is evaluated.
         candidate(probe)
-    records = study.Records.open(
+    records = Records.open(
         directory, FILE, lambda: _identify(params, scores, candidate, structure, allocation)
     )
 
-    def evaluated(masks: dict[str, Any], removed: tuple[int, ...]) -> study.Record:
+    def evaluated(masks: dict[str, Any], removed: tuple[int, ...]) -> Record:
         start = clock()
         name = " ".join(map(str, removed))
         if name not in records.found:
             pruned = apply_masks(params, tree_lib.Leaves(masks)) if any(removed) else params
             value = study.check_value(evaluate(pruned))
-            records.add({name: study.Record(removed, value, clock() - start)})
+            records.add({name: Record(removed, value, clock() - start)})
         return records.found[name]
 
     sizes = {name: leaf.size for name, leaf in scores.items()}
@@ -216,7 +218,7 @@ class _Search(NamedTuple):
     """What the trials of one call have in common."""
 
     candidate: Candidate
-    evaluated: Callable[[dict[str, Any], tuple[int, ...]], study.Record]
+    evaluated: Callable[[dict[str, Any], tuple[int, ...]], Record]
     sizes: dict[str, int]
     max_drop: float
     max_evaluations: int | None
@@ -230,7 +232,7 @@ class _Search(NamedTuple):
                 f"evaluate gave {dense.value} for the dense parameters: there is nothing to compare"
             )
         first = Trial(0.0, 0.0, dense.value, True, dense.seconds)
-        seen = {dense.removed: first}
+        seen = {dense.counts: first}
         yield first
         asked = next(proposals)
         while True:

@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from jaxcomp import tree as tree_lib
+from jaxcomp.checks import choose
+from jaxcomp.model.batches import peek, spread
 from jaxcomp.model.trace import ModelTrace, trace
 from jaxcomp.prune import scores
 from jaxcomp.prune.masks import masks, resolve
-from jaxcomp.prune.post_training.batches import peek, spread
-from jaxcomp.prune.post_training.input_norms import choose, input_norms
+from jaxcomp.prune.post_training.input_norms import input_norms
 from jaxcomp.prune.schedules import check_sparsity
 from jaxcomp.prune.structures import NM, Element, Structure
 

@@ -15,11 +15,11 @@ import optax
 from jaxtyping import Array, Bool, Int32
 
 from jaxcomp import tree as tree_lib
+from jaxcomp.checks import check_key
 from jaxcomp.compression import Compression, Params, State
 from jaxcomp.kernels.threshold import smallest_masks, sortable_bits
 from jaxcomp.prune import scores
 from jaxcomp.prune.allocation import Allocation, erdos_renyi_kernel
-from jaxcomp.prune.checks import check_key
 from jaxcomp.prune.masks import Structures, check_ends, renew, resolve
 from jaxcomp.prune.schedules import Schedule, constant
 from jaxcomp.prune.structures import Element, Structure, is_local, pool, spread

@@ -16,8 +16,8 @@ import optax
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from jaxcomp import tree as tree_lib
+from jaxcomp.checks import check_key
 from jaxcomp.compression import Compression, Params, State
-from jaxcomp.prune.checks import check_key
 from jaxcomp.prune.masks import Structures
 from jaxcomp.prune.penalties import unit_size, unit_structures
 from jaxcomp.prune.structures import Element, Structure, pool, spread

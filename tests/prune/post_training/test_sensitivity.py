@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxcomp import tree as tree_lib
+from jaxcomp.checkpoint import records
 from jaxcomp.kernels.threshold import removal_count_exact
 from jaxcomp.prune import scores
 from jaxcomp.prune.allocation import Part, uniform
@@ -184,7 +185,7 @@ def test_killed_between_batches_and_resumed(tmp_path, monkeypatch):
     """Two candidates at once: seven writes, the dense one's first; ends after each of them."""
     how = {"at_once": 2, "directory": tmp_path}
     whole = sensitivity(PARAMS, evaluate, ASKED, at_once=2)
-    write, writes = module.study.write_records, []
+    write, writes = records.write_records, []
 
     def write_and_end(*args):
         write(*args)
@@ -192,7 +193,7 @@ def test_killed_between_batches_and_resumed(tmp_path, monkeypatch):
         if len(writes) < 7:
             raise Killed
 
-    monkeypatch.setattr(module.study, "write_records", write_and_end)
+    monkeypatch.setattr(records, "write_records", write_and_end)
     for _ in range(6):
         with pytest.raises(Killed):
             sensitivity(PARAMS, evaluate, ASKED, **how)
@@ -200,7 +201,7 @@ def test_killed_between_batches_and_resumed(tmp_path, monkeypatch):
     assert_same(sensitivity(PARAMS, evaluate, ASKED, **how), whole)
     assert len(writes) == 7
     # More sparsities go on from what is known.
-    monkeypatch.setattr(module.study, "write_records", write)
+    monkeypatch.setattr(records, "write_records", write)
     log = []
     more = sensitivity(
         PARAMS, ending(untraceable, 3, log), (*ASKED, 0.6), at_once=1, directory=tmp_path

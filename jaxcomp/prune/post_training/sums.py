@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcomp import tree as tree_lib
+from jaxcomp.model.batches import checked, spread
 from jaxcomp.model.progress import watched
 from jaxcomp.prune.widened import wide_zeros
 
@@ -74,59 +75,3 @@ def add_up(
         raise ValueError("batches is empty: give at least one batch")
     check(*pending)
     return totals, number + 1
-
-
-def spread(batch: Any) -> tuple[Any, ...]:
-    """A batch as arguments: a plain tuple is several, anything else is one.
-
-    Example:
-        >>> spread((1, 2)), spread([1, 2])
-        ((1, 2), ([1, 2],))
-    """
-    return batch if type(batch) is tuple else (batch,)
-
-
-def peek(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
-    """The first batch, and all batches, the first one included.
-
-    Raises:
-        ValueError: there are none.
-        TypeError: ``batches`` is one array, or no iterable.
-
-    Example:
-        >>> first, batches = peek(iter("abc"))
-        >>> first, list(batches)
-        ('a', ['a', 'b', 'c'])
-    """
-    start = iter(checked(batches))
-    try:
-        first = next(start)
-    except StopIteration:
-        raise ValueError("batches is empty: give at least one batch") from None
-    if start is not batches:
-        return first, batches
-
-    def again() -> Any:
-        yield first
-        yield from start
-
-    return first, again()
-
-
-def checked(batches: Iterable[Any]) -> Iterable[Any]:
-    """The batches themselves.
-
-    Raises:
-        TypeError: they are one array, or no iterable.
-
-    Example:
-        >>> checked(jnp.ones((2, 3)))
-        Traceback (most recent call last):
-        ...
-        TypeError: batches is one array: give an iterable of batches, such as [array]
-    """
-    if isinstance(batches, (np.ndarray, jax.Array)):
-        raise TypeError("batches is one array: give an iterable of batches, such as [array]")
-    if not isinstance(batches, Iterable):
-        raise TypeError(f"batches must be an iterable of batches, not {type(batches).__name__}")
-    return batches

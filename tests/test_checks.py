@@ -8,9 +8,9 @@ import jaxtyping
 import numpy as np
 import pytest
 
+from jaxcomp.checks import as_patterns, check_amount, check_count, check_key, check_leaves
 from jaxcomp.prune import scores
 from jaxcomp.prune.channels.evidence import gather_evidence
-from jaxcomp.prune.checks import as_patterns, check_amount, check_count, check_key, check_leaves
 from jaxcomp.prune.masks import resolve
 from jaxcomp.prune.post_training import evidence, study
 from jaxcomp.prune.post_training.obs import optimal_brain_surgeon, repair

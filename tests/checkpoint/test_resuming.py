@@ -3,7 +3,7 @@
 import pytest
 
 from jaxcomp.checkpoint import CheckpointError
-from jaxcomp.prune.resuming import check_call, file_in
+from jaxcomp.checkpoint.resuming import check_call, file_in
 
 
 def test_the_first_difference_is_named():

@@ -1,7 +1,7 @@
 """What a call is given, looked at before anything is computed: messages name the argument."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -136,6 +136,34 @@ def check_leaves(params: Any) -> None:
                 f"{path}: {type(leaf).__name__} is no array: give the arrays of the model only, "
                 "such as eqx.partition(model, eqx.is_array)[0]"
             )
+
+
+def choose(params: Any, paths: str | Sequence[str] | None) -> tree_lib.Leaves:
+    """The leaves that patterns name; all that are compressed by default if there are none.
+
+    Args:
+        params: any tree.
+        paths: patterns, see :func:`jaxcomp.tree.matching`.
+
+    Returns:
+        A selection, in the order of the tree.
+
+    Raises:
+        ValueError: a pattern matches no leaf, or there is none; there is no weight; a leaf is not
+            finite.
+        TypeError: a leaf is no array, or a chosen one not of floats; ``paths`` are no patterns.
+
+    Example:
+        >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
+        >>> list(choose(params, None)), list(choose(params, "b*"))
+        (['kernel'], ['bias'])
+    """
+    check_leaves(params)
+    if paths is None:
+        return tree_lib.select(params)
+    leaves = tree_lib.flatten(params)
+    named = tree_lib.assign(as_patterns(paths), leaves)
+    return tree_lib.select(tree_lib.Leaves((p, leaf) for p, leaf in leaves.items() if p in named))
 
 
 def one_number(value: Any) -> Any:
