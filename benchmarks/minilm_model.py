@@ -258,7 +258,7 @@ def split(found: Sequence[Pair], count: int) -> tuple[list[Pair], list[Pair]]:
 def calibration_batches(
     tokens: Sequence[Sequence[int]], length: int, count: int, size: int, seed: int
 ) -> list[np.ndarray]:
-    """Batches of texts, (size, length), drawn without replacement, each text exactly ``length`` tokens.
+    """Batches of texts, (size, length), drawn without replacement: ``length`` tokens each.
 
     Longer texts are cut and shorter ones left out: padding is no text, and statistics of what
     weights are multiplied with would count it.
