@@ -141,6 +141,7 @@ def walk(
     solve: Callable[[str, Any, tuple[Any, ...]], Finished],
     *,
     looked_up: frozenset[str] = frozenset(),
+    also_looked_up: frozenset[str] = frozenset(),
     sequential: bool = True,
     files: WalkFiles | None = None,
     check: Callable[[str, Finished], None] = lambda path, parts: None,
@@ -159,6 +160,7 @@ def walk(
         solve: ``solve(path, leaf, evidence)``, with the stored leaf and the statistic of each of
             its uses; what it returns first takes the leaf's place.
         looked_up: paths that no product reads; they are solved without evidence, ``()``.
+        also_looked_up: paths of which other uses than products need no statistic.
         sequential: whether a pass runs the model with all earlier leaves as they became.
         files: where finished groups are kept, or None.
         check: for parts read from files: raises ``ValueError`` if they do not fit.
@@ -188,7 +190,9 @@ def walk(
         if done is None:
             seen = tree_lib.replace(params, news) if sequential else params
             read = [path for path in group if path not in looked_up]
-            evidence = _gather(apply_fn, seen, again(), statistic, read) if read else {}
+            evidence = {}
+            if read:
+                evidence = _gather(apply_fn, seen, again(), statistic, read, also_looked_up)
             # Nothing of this pass is held while the next one runs.
             done = {path: solve(path, leaves[path], evidence.pop(path, ())) for path in group}
             del seen
@@ -197,7 +201,7 @@ def walk(
         for path, (new, *rest) in done.items():
             new = _placed(new, leaves[path])
             # The next passes read it many times: decoded once.
-            news[path] = decode(new)
+            news[path] = _placed(decode(new), leaves[path])
             yield path, (new, *rest)
 
 
@@ -207,12 +211,19 @@ def _gather(
     batches: Iterable[Any],
     statistic: Statistic,
     paths: Sequence[str],
+    also_looked_up: frozenset[str],
 ) -> dict[str, tuple[Any, ...]]:
     """By path, the statistic of each of its uses."""
     patterns = [glob.escape(path) for path in paths]
     found = observe(apply_fn, params, batches, statistic, paths=patterns, progress=False)
-    if found.unobserved:
-        reasons = "; ".join(f"{key}: {reason}" for key, reason in found.unobserved.items())
+    enough = [path for path in also_looked_up.intersection(paths) if uses_of(found, path)]
+    missing = {
+        key: reason
+        for key, reason in found.unobserved.items()
+        if not any(_is_use(key, path) for path in enough)
+    }
+    if missing:
+        reasons = "; ".join(f"{key}: {reason}" for key, reason in missing.items())
         words = statistic.name.replace("_", " ")
         raise ValueError(
             f"no {words} of {reasons}: leave these leaves out, with paths= or a rule of None"
@@ -222,7 +233,11 @@ def _gather(
 
 def uses_of(found: Observed, path: str) -> list[tuple[str, Any]]:
     """The entries of a leaf: ``path`` and ``path#2`` and so on."""
-    return [(key, v) for key, v in found.items() if key == path or key.startswith(f"{path}#")]
+    return [(key, value) for key, value in found.items() if _is_use(key, path)]
+
+
+def _is_use(key: str, path: str) -> bool:
+    return key == path or key.startswith(f"{path}#")
 
 
 def _placed(new: Any, like: Any) -> Any:
