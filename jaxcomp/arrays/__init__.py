@@ -3,6 +3,7 @@
 from jaxcomp.arrays.base import CompressedArray, decode, is_compressed, nbytes
 from jaxcomp.arrays.block_sparse import BlockSparseArray
 from jaxcomp.arrays.codebook import CodebookArray
+from jaxcomp.arrays.grid import GridArray
 from jaxcomp.arrays.nm_sparse import NMSparseArray
 from jaxcomp.arrays.parts import Parts, Symbols
 from jaxcomp.arrays.quantized import QuantizedArray
@@ -12,6 +13,7 @@ __all__ = [
     "BlockSparseArray",
     "CodebookArray",
     "CompressedArray",
+    "GridArray",
     "NMSparseArray",
     "Parts",
     "QuantizedArray",

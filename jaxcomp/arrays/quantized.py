@@ -7,10 +7,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Shaped, UInt
+from jaxtyping import Array, Float, Int, Shaped, UInt
 
 from jaxcomp.arrays.base import CompressedArray
 from jaxcomp.arrays.bits import pack_bits_host, unpack_bits, unpack_bits_host
+from jaxcomp.arrays.blocks import (
+    Blocks,
+    check_fit,
+    describe_blocks,
+    merge_blocks,
+    narrow,
+    read_blocks,
+    split_blocks,
+    wide_scale,
+)
 from jaxcomp.arrays.parts import (
     Parts,
     Symbols,
@@ -25,82 +35,80 @@ from jaxcomp.arrays.parts import (
 from jaxcomp.sharding import automatic, spec_like
 
 
-def split_groups(x: Shaped[Array, "..."], size: int, axis: int) -> Shaped[Array, "..."]:
-    """Split ``axis`` (negative) into (groups, size): ``(…, n, …)`` to ``(…, n / size, size, …)``.
-
-    Example:
-        >>> split_groups(jnp.zeros((6, 4)), size=3, axis=-2).shape
-        (2, 3, 4)
-    """
-    at = x.ndim + axis
-    return x.reshape(*x.shape[:at], x.shape[at] // size, size, *x.shape[at + 1 :])
-
-
-def merge_groups(x: Shaped[Array, "..."], axis: int) -> Shaped[Array, "..."]:
-    """Undo :func:`split_groups`.
-
-    Example:
-        >>> merge_groups(jnp.zeros((2, 3, 4)), axis=-2).shape
-        (6, 4)
-    """
-    at = x.ndim - 1 + axis
-    return x.reshape(*x.shape[:at], x.shape[at] * x.shape[at + 1], *x.shape[at + 2 :])
-
-
 def dequantize(
     codes: UInt[Array, " *dims"],
-    scale: Float[Array, "..."],
+    scale: Shaped[Array, "..."],
     zero_point: UInt[Array, "..."] | None,
     *,
     bits: int,
-    group: tuple[int, int] | None,
+    blocks: Blocks,
     dtype: Any,
+    zero: bool = True,
 ) -> Float[Array, " *dims"]:
     """``(codes - zero_point) * scale``, the one formula by which codes become weights.
 
     Args:
         codes: unsigned codes; a symmetric format offsets them by ``2**(bits - 1)``.
-        scale: step sizes, broadcastable to ``codes`` (to split groups where ``group`` is given).
+        scale: step sizes, broadcastable to ``codes`` (once split, where there are ``blocks``).
         zero_point: the code of zero, shaped like ``scale``; None for a symmetric format.
         bits: bits per code.
-        group: ``(size, negative axis)`` of groups that share a scale, or None.
+        blocks: ``(size, negative axis)`` of each axis that is cut into blocks.
         dtype: dtype of the result; the product is taken in float32 and rounded once.
+        zero: whether zero is a level. If not, the levels are the odd multiples of ``scale``,
+            which is half a step then: ``(2 * codes - (2**bits - 1)) * scale``.
 
     Returns:
         Dense weights of the shape of ``codes``.
 
     Example:
         >>> dequantize(jnp.array([7, 8, 9], jnp.uint8), jnp.array([0.5]), None, bits=4,
-        ...            group=None, dtype=jnp.float32)
+        ...            blocks=(), dtype=jnp.float32)
         Array([-0.5,  0. ,  0.5], dtype=float32)
     """
-    if group is not None:
-        codes = split_groups(codes, *group)
-    offset = 1 << (bits - 1) if zero_point is None else zero_point.astype(jnp.int32)
-    # In a narrower dtype XLA may or may not round the product, as it happens to fuse.
-    wide = jnp.promote_types(scale.dtype, jnp.float32)
-    values = (codes.astype(jnp.int32) - offset).astype(wide) * scale.astype(wide)
-    if group is not None:
-        values = merge_groups(values, group[1])
-    return values.astype(dtype)
+    wide = wide_scale(scale)
+    steps = uniform_steps(split_blocks(codes, blocks), zero_point, bits=bits, zero=zero)
+    values = merge_blocks(steps.astype(wide.dtype) * wide, blocks)
+    return narrow(values, dtype, clipped=scale.dtype != wide.dtype)
+
+
+def uniform_steps(
+    codes: UInt[Array, "..."], zero_point: Shaped[Array, "..."] | None, *, bits: int, zero: bool
+) -> Int[Array, "..."]:
+    """By how many scales each code is away from zero.
+
+    Args:
+        codes: unsigned codes.
+        zero_point: the code of zero, broadcastable to ``codes``; None for a symmetric format.
+        bits: bits per code.
+        zero: whether zero is a level.
+
+    Example:
+        >>> uniform_steps(jnp.arange(4, dtype=jnp.uint8), None, bits=2, zero=False)
+        Array([-3, -1,  1,  3], dtype=int32)
+    """
+    codes = codes.astype(jnp.int32)
+    if not zero:
+        return 2 * codes - ((1 << bits) - 1)
+    return codes - (1 << (bits - 1) if zero_point is None else zero_point.astype(jnp.int32))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class QuantizedArray(CompressedArray):
-    """Codes of ``bits`` bits with a scale per tensor, channel or group.
+    """Codes of ``bits`` bits with a scale per tensor, channel, group or block.
 
     Made by :func:`jaxcomp.quantize.encode`.
 
     Attributes:
         codes: ``uint8`` of shape ``(*shape[:-1], ceil(shape[-1] * bits / 8))``, packed.
-        scale: step sizes, one axis per axis of the leaf (size 1 where shared), with groups one
-            more.
+        scale: step sizes, one axis per axis of the leaf (size 1 where shared), and one more for
+            each axis that is cut into blocks.
         zero_point: ``uint8`` codes of zero, shaped like ``scale``; None if symmetric.
         bits: bits per code.
         length: size of the dense last axis.
-        group: ``(size, negative axis)`` of groups that share a scale, or None.
+        blocks: ``(size, negative axis)`` of each axis that is cut into blocks, in their order.
         dense_dtype: dtype of the dense array.
+        zero: whether zero is a level; if not, the levels are odd multiples of ``scale``.
     """
 
     codes: Any
@@ -108,8 +116,9 @@ class QuantizedArray(CompressedArray):
     zero_point: Any
     bits: int = dataclasses.field(metadata={"static": True})
     length: int = dataclasses.field(metadata={"static": True})
-    group: tuple[int, int] | None = dataclasses.field(metadata={"static": True})
+    blocks: Blocks = dataclasses.field(metadata={"static": True})
     dense_dtype: Any = dataclasses.field(metadata={"static": True})
+    zero: bool = dataclasses.field(default=True, metadata={"static": True})
 
     def __post_init__(self) -> None:
         # One spelling of each dtype, or equal forms would be compiled twice.
@@ -132,8 +141,9 @@ class QuantizedArray(CompressedArray):
     def form(self) -> str:
         """Such as ``int4 symmetric, groups of 32``."""
         kind = "symmetric" if self.zero_point is None else "affine"
-        if self.group is not None:
-            return f"int{self.bits} {kind}, groups of {self.group[0]}"
+        kind = kind if self.zero else "without zero"
+        if self.blocks:
+            return f"int{self.bits} {kind}, {describe_blocks(self.blocks)}"
         scales = math.prod(self.scale.shape)
         return f"int{self.bits} {kind}, {scales} {'scale' if scales == 1 else 'scales'}"
 
@@ -141,7 +151,8 @@ class QuantizedArray(CompressedArray):
         """Take the leaf apart; the codes go to the entropy coder."""
         static = {
             "bits": self.bits,
-            "group": None if self.group is None else list(self.group),
+            "blocks": [list(block) for block in self.blocks],
+            "zero": self.zero,
             "dtype": self.dense_dtype.name,
         }
         codes = unpack_bits_host(np.asarray(self.codes), self.bits, self.length)
@@ -153,18 +164,17 @@ class QuantizedArray(CompressedArray):
     @classmethod
     def from_parts(cls, parts: Parts) -> "QuantizedArray":
         """Put a leaf together again; raises ``ValueError`` for parts that do not fit."""
-        names = {"bits", "group", "dtype"}
+        names = {"bits", "blocks", "zero", "dtype"}
         check_names(
             parts, static=names, symbols={"codes"}, arrays={"scale"}, optional={"zero_point"}
         )
         bits = read_int(parts.static["bits"], "bits", 1, 8)
         codes, scale = read_symbols(parts, "codes", 1 << bits), read_floats(parts, "scale")
-        group, shape = _read_group(parts.static["group"], codes.shape)
-        fits = scale.ndim == len(shape) and all(
-            a in (1, b) for a, b in zip(scale.shape, shape, strict=True)
-        )
-        if not fits:
-            raise ValueError(f"scales of shape {scale.shape} do not fit codes of shape {shape}")
+        blocks = read_blocks(parts.static["blocks"], codes.shape)
+        check_fit(scale.shape, codes.shape, blocks)
+        zero = parts.static["zero"]
+        if not isinstance(zero, bool) or not (zero or "zero_point" not in parts.arrays):
+            raise ValueError(f"zero must be true, or false without a zero_point, not {zero!r:.60}")
         zero_point = parts.arrays.get("zero_point")
         if zero_point is not None:
             zero_point = read_array(zero_point, "zero_point")
@@ -181,8 +191,9 @@ class QuantizedArray(CompressedArray):
             zero_point=None if zero_point is None else to_device(zero_point),
             bits=bits,
             length=codes.shape[-1],
-            group=group,
+            blocks=blocks,
             dense_dtype=read_dtype(parts.static["dtype"]),
+            zero=zero,
         )
 
 
@@ -194,24 +205,9 @@ def _decode(leaf: QuantizedArray) -> jax.Array:
             leaf.scale,
             leaf.zero_point,
             bits=leaf.bits,
-            group=leaf.group,
+            blocks=leaf.blocks,
             dtype=leaf.dense_dtype,
+            zero=leaf.zero,
         )
 
     return automatic(dense, out=spec_like(leaf.codes, leaf.shape))(leaf)
-
-
-def _read_group(
-    group: Any, shape: tuple[int, ...]
-) -> tuple[tuple[int, int] | None, tuple[int, ...]]:
-    """The checked group, and the shape that codes have once they are split into groups."""
-    if group is None:
-        return None, shape
-    if not isinstance(group, list | tuple) or len(group) != 2:
-        raise ValueError(f"group must be null or [size, axis], not {group!r:.60}")
-    axis = read_int(group[1], "the axis of a group", -len(shape), -1)
-    at = len(shape) + axis
-    size = read_int(group[0], "the size of a group", 1, 1 << 31)
-    if shape[at] % size:
-        raise ValueError(f"groups of {size} on axis {axis} do not fit codes of shape {shape}")
-    return (size, axis), (*shape[:at], shape[at] // size, size, *shape[at + 1 :])

@@ -17,6 +17,7 @@ from jaxcomp.arrays import (
     BlockSparseArray,
     CodebookArray,
     CompressedArray,
+    GridArray,
     NMSparseArray,
     Parts,
     QuantizedArray,
@@ -32,6 +33,7 @@ from jaxcomp.checkpoint.packing import symbol_dtype
 # A new kind of leaf is a new line here; files that hold none of it stay readable without it.
 KINDS: dict[str, type[CompressedArray]] = {
     "quantized": QuantizedArray,
+    "grid": GridArray,
     "codebook": CodebookArray,
     "sparse": SparseArray,
     "nm_sparse": NMSparseArray,

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcomp.arrays import is_compressed
-from jaxcomp.arrays.quantized import split_groups
+from jaxcomp.arrays.blocks import split_shape
 from jaxcomp.model.trace import ModelTrace
-from jaxcomp.quantize.formats import Format, PerChannel
+from jaxcomp.quantize.formats import AnyFormat, Format, PerChannel
 from jaxcomp.tree import check_weight, nearest
 
 
-def check_quantizable(path: str, x: Any, format: Format) -> None:
+def check_quantizable(path: str, x: Any, format: AnyFormat) -> None:
     """Raise unless a format fits the shape and dtype of a leaf; values are not looked at.
 
     Args:
@@ -38,7 +38,7 @@ def check_quantizable(path: str, x: Any, format: Format) -> None:
     format.reduced_axes(x.shape, path)
 
 
-def traced_format(path: str, x: Any, format: Format, trace: ModelTrace | None) -> Format:
+def traced_format(path: str, x: Any, format: AnyFormat, trace: ModelTrace | None) -> AnyFormat:
     """The format of one leaf: its channel axes are those that the model takes for channels.
 
     Args:
@@ -93,7 +93,7 @@ def _check_array(path: str, x: Any) -> None:
         raise ValueError(f"{path}: a scalar cannot be quantized: leave it out with a None rule")
 
 
-def check_scales(x: Any, format: Format, scale: Any, zero_point: Any) -> None:
+def check_scales(x: Any, format: AnyFormat, scale: Any, zero_point: Any) -> None:
     """Raise unless given scales and zero points fit an array and a format.
 
     Who shares a scale is then for the scale's shape to say, only groups for the format.
@@ -117,13 +117,14 @@ def check_scales(x: Any, format: Format, scale: Any, zero_point: Any) -> None:
         ValueError: scale must be positive and finite everywhere: clamp it from below
     """
     _check_array("x", x)
-    if (zero_point is None) != format.symmetric:
-        wanted = "no zero_point" if format.symmetric else "a zero_point"
+    symmetric = not isinstance(format, Format) or format.symmetric
+    if (zero_point is None) != symmetric:
+        wanted = "no zero_point" if symmetric else "a zero_point"
         raise ValueError(f"{format} takes {wanted} beside scale")
     _check_given("scale", scale, jnp.floating, x, format)
     if not _hidden(scale) and not np.all((np.asarray(scale) > 0) & np.isfinite(scale)):
         raise ValueError("scale must be positive and finite everywhere: clamp it from below")
-    if zero_point is None:
+    if zero_point is None or not isinstance(format, Format):
         return
     _check_given("zero_point", zero_point, jnp.unsignedinteger, x, format)
     top = format.code_range[1]
@@ -131,12 +132,10 @@ def check_scales(x: Any, format: Format, scale: Any, zero_point: Any) -> None:
         raise ValueError(f"zero_point must be a code from 0 to {top} in {format}: clip it")
 
 
-def _check_given(name: str, given: Any, kind: type, x: Any, format: Format) -> None:
+def _check_given(name: str, given: Any, kind: type, x: Any, format: AnyFormat) -> None:
     if not hasattr(given, "dtype") or not jnp.issubdtype(given.dtype, kind):
         raise TypeError(f"{name} must be a {kind.__name__} array, not {given!r}: cast it")
-    shape, group = x.shape, format.group(x.shape)
-    if group is not None:
-        shape = jax.eval_shape(lambda x: split_groups(x, *group), x).shape
+    shape = split_shape(x.shape, format.blocks(x.shape))
     behind = shape[len(shape) - given.ndim :]
     if given.ndim > len(shape) or any(
         a not in (1, b) for a, b in zip(given.shape, behind, strict=True)
