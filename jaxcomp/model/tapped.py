@@ -194,16 +194,17 @@ def _swapped(op: Op, inputs: tuple[Any, ...], swap: Any, state: State) -> Any:
 
 
 def _entries(blocks: Sequence[Block], plan: _Plan) -> Iterator[tuple[str | None, tuple[Op, ...]]]:
-    """The key and the loops of every tap and swap in some bodies; no key without a state."""
+    """Every tap and swap in some bodies: the keys with their loops, and None for a swap itself."""
     for block in blocks:
         for op in block.ops:
             for tap in plan.taps.get(op, ()):
                 yield tap.key, tap.loops
             swap = plan.swaps.get(op)
-            if isinstance(swap, Swap):
-                yield from ((key, swap.loops) for key in swap.keys)
-            elif swap is not None:
+            if swap is not None:
                 yield None, ()
+            if isinstance(swap, Swap):
+                loops = swap.loops
+                yield from ((key, loops) for key in swap.keys)
             yield from _entries(op.blocks, plan)
 
 

@@ -180,6 +180,14 @@ def test_a_tap_sees_what_the_program_gives_to_a_swapped_operation():
     np.testing.assert_array_equal(outputs[0], 0 * X)
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_a_swap_that_works_on_no_entry_counts_too(model):
+    swap = tapped.Swap((), (), lambda entries, inputs, bind: (doubled(inputs, bind), entries))
+    got = jax.tree.leaves(swapped(model, W, X, swap=swap)(W, X))
+    for a, b in zip(got, jax.tree.leaves(model(2 * W, X)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
 @pytest.mark.parametrize("results", [[X[:, :2]], [X.astype(jnp.bfloat16)], []])
 def test_a_swap_must_make_what_its_operation_makes(results):
     wrong = swapped(plain, W, X, swap=lambda inputs, bind: results)
