@@ -17,7 +17,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Any, train: bool) -> Any:
-        norm = lambda: nn.BatchNorm(use_running_average=not train, momentum=0.9)  # noqa: E731
+        norm = lambda: nn.BatchNorm(use_running_average=not train, momentum=0.9)
         y = nn.relu(norm()(self.conv(self.features, (3, 3), self.strides)(x)))
         y = norm()(self.conv(self.features, (3, 3), 1)(y))
         if x.shape != y.shape:
