@@ -10,7 +10,7 @@ import jaxcomp
 from jaxcomp import partition, quantize
 from jaxcomp.compression import State
 from jaxcomp.quantize import Format, PerChannel, PerGroup, PerTensor
-from jaxcomp.quantize.training.straight_through import QuantizeBuffers
+from jaxcomp.quantize.training.leafwise import QuantizeBuffers
 from tests.quantize.quantize_reference import encode_jit, name_of, same_bits, samples
 
 RNG = np.random.default_rng(0)
