@@ -136,8 +136,12 @@ def quantize_leaves(
     files = None
     if directory is not None:
         formats = str([(path, task.format) for path, task in tasks.items()])
-        lines = {"formats": formats, "sequential": str(sequential), "at_once": str(at_once)}
-        lines["batches"] = "none" if batches is None else "given"
+        lines = {
+            "batches": "none" if batches is None else "given",
+            "formats": formats,
+            "sequential": str(sequential),
+            "at_once": str(at_once),
+        }
         files = WalkFiles.open(directory, name, {**lines, **(call or {})}, params)
     dense = tree_lib.flatten(params)
 
