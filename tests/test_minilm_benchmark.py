@@ -30,6 +30,13 @@ def minilm():
         yield importlib.import_module("minilm_model")
 
 
+@pytest.fixture(scope="module")
+def comparison(minilm):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(pathlib.Path(__file__).parent.parent / "benchmarks"))
+        yield importlib.import_module("minilm")
+
+
 def bert_tensors():
     """Weights by the names, and of the shapes, that BERT's files have."""
     rng = np.random.default_rng(0)
@@ -185,7 +192,7 @@ def test_calibration_texts_have_no_padding_and_depend_on_the_seed(minilm):
 
 def test_every_text_is_in_a_batch_and_lengths_are_few(minilm):
     rng = np.random.default_rng(2)
-    tokens = [rng.integers(1, 9, n).tolist() for n in rng.integers(2, 65, 50)]
+    tokens = [rng.integers(1, 9, n).tolist() for n in rng.integers(2, max(minilm.LENGTHS) + 1, 50)]
     found = minilm.buckets(tokens, 8)
     assert {batch.shape[0] for _, (batch, _) in found} == {8}
     assert {batch.shape[1] for _, (batch, _) in found} <= set(minilm.LENGTHS)
@@ -195,12 +202,48 @@ def test_every_text_is_in_a_batch_and_lengths_are_few(minilm):
             assert row[inside].tolist() == tokens[at]
 
 
-def test_recall_counts_both_ways(minilm):
-    queries = np.eye(4, dtype=np.float32)
-    documents = np.eye(4, dtype=np.float32)
-    assert minilm.recall_at_1(queries, documents) == 1
+def test_queries_and_documents_look_for_each_other(minilm):
+    queries, documents = np.eye(4, dtype=np.float32), np.eye(4, dtype=np.float32)
+    assert minilm.hits(queries, documents).all()
     documents[3] = documents[2] * 2  # query 2 finds document 3, document 3 finds query 2
-    assert minilm.recall_at_1(queries, documents) == pytest.approx((2 + 3) / 8)
+    found = minilm.hits(queries, documents)
+    assert found.tolist() == [[True, True, False, False], [True, True, True, False]]
+
+
+def quality(comparison, cosine, wrong):
+    hits = np.ones((2, 100), bool)
+    hits[0, :wrong] = False
+    return comparison.Quality(cosine, hits)
+
+
+@pytest.mark.parametrize(
+    ("bits", "cosine", "wrong", "holds"),
+    [
+        (4, 0.976, 1, True),
+        (4, 0.976, 2, False),  # 0.01 of recall is gone
+        (4, 0.974, 0, False),
+        (3, 0.96, 4, True),
+        (3, 0.94, 4, False),
+        (3, 0.96, 5, False),
+    ],
+)
+def test_a_target_that_is_missed_is_said_to_be_missed(comparison, bits, cosine, wrong, holds):
+    rows = [
+        comparison.Row(bits, comparison.NEAREST, 4.4, 1.0, [quality(comparison, 0.9, 10)]),
+        comparison.Row(bits, "GPTQ", 4.4, 1.0, [quality(comparison, cosine, wrong)] * 3),
+    ]
+    (words,) = comparison.verdicts(rows, quality(comparison, 1.0, 0))
+    assert words.endswith(": holds" if holds else ": DOES NOT HOLD")
+
+
+def test_the_uncertainty_is_that_of_pairs_not_of_lookups(comparison):
+    """What both lookups of a pair lose is one observation, however many seeds repeat it."""
+    dense = quality(comparison, 1.0, 0)
+    hits = np.ones((2, 100), bool)
+    hits[:, :20] = False
+    row = comparison.Row(4, "GPTQ", 4.4, 1.0, [comparison.Quality(0.9, hits)] * 3)
+    expected = np.std(np.repeat([1.0, 0.0], [20, 80]), ddof=1) / 10
+    assert comparison.uncertainty(row, dense) == pytest.approx(expected)
 
 
 @pytest.mark.slow

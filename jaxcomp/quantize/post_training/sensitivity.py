@@ -50,7 +50,7 @@ class Program(NamedTuple):
     Attributes:
         params: the dense ones.
         again: returns the batches from their beginning.
-        outputs: ``(params, inputs) -> outputs``, compiled.
+        outputs: ``(params, inputs) -> outputs, what compare says of them twice``, compiled.
         compared: ``(dense outputs, params, inputs) -> number``, compiled: one program for all.
     """
 
@@ -74,24 +74,23 @@ class Program(NamedTuple):
         check_function("apply_fn", apply_fn, "(params, *inputs)")
         check_function("compare", compare, "(dense outputs, quantized outputs)")
 
+        def outputs(params: Any, inputs: tuple[Any, ...]) -> tuple[Any, Any]:
+            dense = apply_fn(params, *inputs)
+            return dense, _one_number(compare(dense, dense))
+
         def compared(dense: Any, params: Any, inputs: tuple[Any, ...]) -> Any:
             return _one_number(compare(dense, apply_fn(params, *inputs)))
 
-        return Program(
-            params,
-            rereadable(batches),
-            jax.jit(lambda params, inputs: apply_fn(params, *inputs)),
-            jax.jit(compared),
-        )
+        return Program(params, rereadable(batches), jax.jit(outputs), jax.jit(compared))
 
     def damages(self, trees: Sequence[Any]) -> list[float]:
         """What ``compare`` says of some trees, each batch alike, less what it says of the dense."""
         totals, count = np.zeros(len(trees)), 0
         for batch in self.again():
             inputs = spread(batch)
-            dense = self.outputs(self.params, inputs)
+            dense, same = self.outputs(self.params, inputs)
             # All are under way before the first is waited for.
-            found = [self.compared(dense, tree, inputs) for tree in (self.params, *trees)]
+            found = [same, *(self.compared(dense, tree, inputs) for tree in trees)]
             base, *values = (float(value) for value in found)
             if not math.isfinite(base):
                 raise ValueError(
