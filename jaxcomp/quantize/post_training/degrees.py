@@ -12,7 +12,7 @@ channels too, with a scale for each combination. Where an array holds such chann
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -130,7 +130,9 @@ def _equal(
     walk: Walk, first: dict[Slot, Degree], second: dict[Slot, Degree] | None, reason: Any
 ) -> None:
     """Two values have the same degrees, unless one is zero everywhere."""
-    for slot in () if second is None else dict.fromkeys((*first, *second)):
+    if second is None:
+        return
+    for slot in dict.fromkeys((*first, *second)):
         walk.need(minus(first.get(slot, {}), second.get(slot, {})), reason)
 
 
