@@ -84,7 +84,12 @@ def _check(weight: Any, second_moment: Any, damping: Any) -> None:
             "and (features, features) are needed"
         )
     for name, array in (("weight", weight), ("second_moment", second_moment)):
-        if not isinstance(array, Tracer) and not bool(jnp.all(jnp.isfinite(array))):
+        if isinstance(array, Tracer):
+            continue
+        # What is known may be looked at inside a trace too, where it is closed over.
+        with jax.ensure_compile_time_eval():
+            finite = bool(jnp.all(jnp.isfinite(array)))
+        if not finite:
             raise ValueError(f"{name} has NaN or infinite values: mend the weights or the data")
 
 
