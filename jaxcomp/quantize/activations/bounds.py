@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from jaxcomp.quantize.affine import fake_quant
 from jaxcomp.quantize.formats import AnyFormat, Format, PerChannel, PerTensor
-from jaxcomp.quantize.scales import scales_of
+from jaxcomp.quantize.steps import scales_of
 
 
 class Bounds(NamedTuple):

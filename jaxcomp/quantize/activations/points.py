@@ -148,7 +148,8 @@ def choose(
     named = {point.name: point for point in (*found.products, *found.others)}
     products = [point.name for point in found.products]
     table = _table(rules, format)
-    taken = _matched(table, products, [point.name for point in found.others])
+    others = [] if rules is None else [point.name for point in found.others]
+    taken = _matched(table, products, others)
     for name, pattern in taken.items():
         reason = named[name].obstacle
         if reason is not None and pattern == name and table[pattern] is not None:
@@ -196,7 +197,7 @@ def _matched(table: Iterable[str], products: list[str], others: list[str]) -> di
     taken: dict[str, str] = {}
     for pattern in table:
         matched = tree_lib.matching(pattern, products) or tree_lib.matching(pattern, others)
-        if not matched and (products or pattern != "*"):
+        if not matched and (products or others):
             near = tree_lib.nearest(pattern, (*products, *others))
             raise ValueError(f"points: '{pattern}' matches nothing; {near}")
         if matched and all(name in taken for name in matched):

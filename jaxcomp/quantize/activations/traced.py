@@ -58,7 +58,7 @@ class RoundedFunction:
 
 
 def trace_points(
-    apply_fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...], format: Any, rules: Rules
+    apply_fn: Any, params: Any, inputs: tuple[Any, ...], format: Any, rules: Rules
 ) -> tuple[Program, Chosen]:
     """Trace a function and choose what to round.
 
@@ -114,13 +114,11 @@ def runner(
 
     def run(params: Any, state: dict[str, Any], inputs: tuple[Any, ...]) -> Any:
         params = decode(params)
-        values, structure = jax.tree.flatten((params, inputs))
-        # An analysis depends on nothing but structure, shapes and dtypes, so it may be kept.
-        key = (structure, tuple(map(jax.typeof, values)))
+        values, key = jax.tree.leaves((params, inputs)), signature(params, inputs)
         if key in runs:
             return runs[key](values, state)
         program, chosen = trace_points(apply_fn, params, inputs, format, rules)
-        _check_same(first, chosen)
+        check_same(first, chosen)
         swaps = _swaps(chosen, perform, stateful)
 
         def compute(values: list[Any], state: dict[str, Any]) -> Any:
@@ -133,6 +131,12 @@ def runner(
         return runs[key](values, state)
 
     return run
+
+
+def signature(params: Any, inputs: tuple[Any, ...]) -> Any:
+    """All that an analysis depends on: structure, shapes and dtypes."""
+    values, structure = jax.tree.flatten((params, inputs))
+    return structure, tuple(map(jax.typeof, values))
 
 
 def _swaps(chosen: Chosen, perform: Perform, stateful: bool) -> dict[Op, tapped.Swap]:
@@ -162,7 +166,8 @@ def _swaps(chosen: Chosen, perform: Perform, stateful: bool) -> dict[Op, tapped.
     return {op: swap(points) for op, points in at.items()}
 
 
-def _check_same(first: Chosen, chosen: Chosen) -> None:
+def check_same(first: Chosen, chosen: Chosen) -> None:
+    """Raise unless the same points were chosen."""
     for name in first.formats.keys() ^ chosen.formats.keys():
         where = "only there" if name in chosen.formats else "not there"
         raise ValueError(
