@@ -68,8 +68,7 @@ def equalize(
         Parameters that compute the same function, and what was and was not rescaled.
 
     Raises:
-        ValueError: a pattern matches nothing, no product reads a kernel, or weights are NaN or
-            infinite.
+        ValueError: a pattern matches nothing, or weights are NaN or infinite.
         TypeError: a leaf is compressed already, or no array.
 
     Example:
@@ -90,10 +89,9 @@ def equalize(
     check_amount("tolerance", tolerance)
     weights = choose(params, paths)
     model = rescaling.read_model(apply_fn, params, inputs)
-    forms = rescaling.forms_of(model.program, weights)
-    if not forms:
-        raise ValueError(f"no product reads {', '.join(weights)}: name kernels with paths=")
-    directions, kept = _pairs(model, forms)
+    forms, kept = rescaling.forms_of(model, weights)
+    directions, fixed = _pairs(model, forms)
+    kept += fixed
     if not directions:
         return Rescaled(params, tuple(kept))
     rescale = rescaling.rescaler(model, directions)

@@ -242,19 +242,26 @@ def _added(
     return {key: value for key, value in new.items() if value}
 
 
-def forms_of(program: Program, paths: Iterable[str]) -> dict[str, MatrixForm]:
-    """The matrix forms of those leaves that a product reads, in the order of the program."""
-    wanted, found, clash = set(paths), {}, set()
-    for use in find_uses(program):
+def forms_of(
+    model: Model, paths: Iterable[str]
+) -> tuple[dict[str, MatrixForm], list[RescaledGroup]]:
+    """The matrix forms of leaves, in the order of the program, and those leaves that have none."""
+    wanted = list(paths)
+    found: dict[str, MatrixForm] = {}
+    without = dict.fromkeys(wanted, "no product reads it")
+    for use in find_uses(model.program):
         if use.path not in wanted:
             continue
         try:
-            form = matrix_form(use, program.leaves[use.path].shape)
+            form = matrix_form(use, model.program.leaves[use.path].shape)
         except Unobservable:
             continue
-        if found.setdefault(use.path, form) != form:
-            clash.add(use.path)
-    return {path: form for path, form in found.items() if path not in clash}
+        if found.setdefault(use.path, form) == form:
+            without.pop(use.path, None)
+        else:
+            without[use.path] = "its products disagree on what its inputs are"
+    forms = {path: form for path, form in found.items() if path not in without}
+    return forms, [RescaledGroup(path, 0, kept=reason) for path, reason in without.items()]
 
 
 def bundles(model: Model, path: str, axes: Sequence[int]) -> list[tuple[Dim, ...]]:

@@ -78,8 +78,8 @@ def smooth(
         ``after`` are of the activations.
 
     Raises:
-        ValueError: ``strength`` outside [0, 1]; a pattern matches nothing; no product reads any of
-            the kernels; no batches; NaN or infinite weights or inputs.
+        ValueError: ``strength`` outside [0, 1]; a pattern matches nothing; no batches; NaN or
+            infinite weights or inputs.
         TypeError: ``batches`` is one array; a leaf is compressed already.
 
     Example:
@@ -101,10 +101,9 @@ def smooth(
     weights = choose(params, paths)
     first, batches = peek(batches)
     model = rescaling.read_model(apply_fn, params, spread(first))
-    forms = rescaling.forms_of(model.program, weights)
-    if not forms:
-        raise ValueError(f"no product reads {', '.join(weights)}: name kernels with paths=")
-    directions, kept = _foldable(model, forms)
+    forms, kept = rescaling.forms_of(model, weights)
+    directions, fixed = _foldable(model, forms)
+    kept += fixed
     if not directions:
         return Rescaled(params, tuple(kept))
     rescale = rescaling.rescaler(model, directions)
