@@ -12,7 +12,8 @@ text's embedding with float32's; it tells methods apart long before recall does.
 All kernels that are multiplied with the inputs are rounded, in affine groups of 64 with scales of
 16 bits; embeddings, biases and norms stay float32 but in the rows that say so. Methods that need
 data see texts of other modules of the library than those that are evaluated, drawn anew with each
-seed. Such a row is the mean over the seeds, and what is behind ± their standard deviation.
+seed. Such a row is the mean over the seeds, and what is behind ± their standard deviation; GPTQ
+with other rules is run with the first seed alone.
 
 Python's version decides which functions there are: compare rows of one run.
 """
@@ -183,31 +184,23 @@ def rows(
     bar = progress.add_task("MiniLM", total=len(widths) * len(known) + 2 * len(extra))
     found = []
 
-    def add(name: str, bits: int, method: Method, rules: Callable[[int], Any]) -> None:
-        drawn = seeds if method.needs_data else seeds[:1]
-        made = [method.run(batches[seed], rules(seed)) for seed in drawn]
+    def add(name: str, bits: int, method: Method, rules: Any, drawn: Sequence[int]) -> None:
+        made = [method.run(batches[seed], rules) for seed in drawn]
         found.append(measured(task, name, bits, made))
         progress.advance(bar)
 
+    first = batches[seeds[0]]
+    table = dataclasses.replace(FORMAT, bits=4)
     for bits in widths:
-        format = dataclasses.replace(FORMAT, bits=bits)
+        uniform = {KERNELS: dataclasses.replace(FORMAT, bits=bits)}
         for method in known:
-            add(method.name, bits, method, lambda seed, f=format: {KERNELS: f})
+            add(method.name, bits, method, uniform, seeds if method.needs_data else seeds[:1])
         if bits in extra:
-            stored = found[-1].stored
-            add(
-                f"{known[-1].name}, bits allocated",
-                bits,
-                known[-1],
-                lambda seed, b=stored: allocated(task, batches[seed], b),
-            )
-            table = dataclasses.replace(FORMAT, bits=4)
-            add(
-                f"{known[-1].name}, embeddings in 4 bits",
-                bits,
-                known[-1],
-                lambda seed, f=format, t=table: {KERNELS: f, TABLE: t},
-            )
+            last = known[-1]
+            rules = allocated(task, first, found[-1].stored)
+            add(f"{last.name}, bits allocated", bits, last, rules, seeds[:1])
+            name = f"{last.name}, word embeddings in 4 bits"
+            add(name, bits, last, uniform | {TABLE: table}, seeds[:1])
     return found
 
 
@@ -296,10 +289,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", help="a wheel or a directory; without it the installed package")
     parser.add_argument("--pairs", type=int, default=2000, help="functions to evaluate on")
-    parser.add_argument("--texts", type=int, default=512, help="texts to calibrate with")
+    parser.add_argument("--texts", type=int, default=256, help="texts to calibrate with")
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 3, 2])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--at-once", type=int, default=3, help="leaves a pass over the texts")
+    parser.add_argument("--at-once", type=int, default=6, help="leaves a pass over the texts")
     options = parser.parse_args()
     task, words = load_task(options.model, options.pairs, options.texts)
     start = time.perf_counter()
