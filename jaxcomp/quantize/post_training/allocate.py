@@ -1,5 +1,6 @@
 """Bits for each layer under a total: where the outputs suffer most, most bits go."""
 
+import bisect
 import dataclasses
 import glob
 import math
@@ -154,9 +155,9 @@ def allocate(
     """Choose each leaf's format, so that the outputs change least within a budget.
 
     One leaf at a time is rounded to nearest in each format, and the outputs are compared with the
-    dense model's. Of all choices within the budget, the one with the smallest sum is taken: a
-    multiple-choice knapsack, solved exactly or with a bound. That the sum stands for the whole is
-    an assumption, and the result holds both.
+    dense model's: a forward pass for each leaf, format and batch. Of all choices within the budget,
+    the one with the smallest sum is taken: a multiple-choice knapsack, solved exactly or with a
+    bound. That the sum stands for the whole is an assumption, and the result holds both.
 
     Args:
         apply_fn: a function of ``(params, *inputs)``.
@@ -312,7 +313,25 @@ def _table(found: Allocation) -> str:
         cost, damage = found.front[i]
         bits = 8 * (cost - found.other_nbytes) / size
         points.append((f"{cost:,}", f"{bits:.3f}", f"{damage:.3g}"))
-    return "\n".join([*lines, columns.table(points, left=0)])
+    lines.append(columns.table(points, left=0))
+    alike = [("all leaves alike", "bytes", "damage", "allocated")]
+    for width, (cost, damage) in _uniform(found).items():
+        best = found.front[bisect.bisect(found.front, cost, key=lambda point: point[0]) - 1][1]
+        alike.append((f"{width} bits", f"{cost:,}", f"{damage:.3g}", f"{best:.3g}"))
+    return "\n".join([*lines, columns.table(alike)] if len(alike) > 1 else lines)
+
+
+def _uniform(found: Allocation) -> dict[int, tuple[int, float]]:
+    """Bytes and damage with one width for all leaves, where each has one format of that width."""
+    known = [[format and format.bits for format in leaf.formats] for leaf in found.sensitivity]
+    totals = {}
+    for width in sorted({bits for widths in known for bits in widths if bits}):
+        if all(widths.count(width) == 1 for widths in known):
+            at = [widths.index(width) for widths in known]
+            pairs = list(zip(found.sensitivity, at, strict=True))
+            cost = found.other_nbytes + sum(leaf.nbytes[i] for leaf, i in pairs)
+            totals[width] = cost, sum(leaf.damages[i] for leaf, i in pairs)
+    return totals
 
 
 def _words(format: AnyFormat) -> str:

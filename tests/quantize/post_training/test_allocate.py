@@ -263,6 +263,14 @@ def test_a_printed_allocation_says_all_of_it(found):
     assert f"measured together {found.measured:.4g}" in text
     assert f"{found.bits:.3f} bits a weight, {found.nbytes:,} bytes" in text
     assert "not measured" in str(found.at(Budget(bits=9)))
+    lines = text.splitlines()
+    alike = lines[next(i for i, line in enumerate(lines) if line.startswith("all leaves")) + 1 :]
+    for bits, line in zip(BITS, alike, strict=True):
+        at = BITS.index(bits)
+        cost = found.other_nbytes + sum(leaf.nbytes[at] for leaf in found.sensitivity)
+        damage = sum(leaf.damages[at] for leaf in found.sensitivity)
+        best = found.at(Budget(bytes=cost)).predicted
+        assert line.split() == [str(bits), "bits", f"{cost:,}", f"{damage:.3g}", f"{best:.3g}"]
 
 
 # Where leaves lie, and what the tree is made of.
