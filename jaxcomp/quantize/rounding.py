@@ -35,7 +35,8 @@ def element_codes(
 
     Returns:
         Unsigned codes (a symmetric format with zero offsets them by ``2**(bits-1)``), and booleans:
-        True inside the range, which ends half a step beyond the last levels, whatever the rounding.
+        True inside the range, which ends half a step beyond the last levels, whatever the rounding
+        (for floats half way to the number that would come next).
         What is beyond gets the last level, infinities too. NaN gets the code for it in float8, and
         any code in formats that have none.
 
@@ -100,7 +101,8 @@ def _float_codes(
     x: jax.Array, element: SmallFloat, key: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     nearest = magnitude_codes(x, element)
-    inside = nearest <= element.top
+    # NaN is not inside: past the top, or past the largest integer.
+    inside = (nearest >= 0) & (nearest <= element.top)
     found = nearest
     if key is not None:
         found = magnitude_codes(x, element, jax.random.bits(key, x.shape, jnp.uint32))

@@ -9,6 +9,7 @@ import numpy as np
 from jaxcomp.arrays import (
     BlockSparseArray,
     CodebookArray,
+    GridArray,
     NMSparseArray,
     Parts,
     QuantizedArray,
@@ -56,20 +57,46 @@ def reference(leaf):
         for at in np.ndindex(*book.shape[:-1]):
             dense[at] = book[at][indices[at]]
         return dense.astype(leaf.dtype)
+    if isinstance(leaf, GridArray):
+        return grid_reference(leaf)
     codes = unpack_reference(leaf.codes, leaf.bits, leaf.length).astype(np.float64)
     scale = np.asarray(leaf.scale)
-    if leaf.zero_point is None:
+    if not leaf.zero:
+        codes, zero = 2 * codes, np.float64((1 << leaf.bits) - 1)
+    elif leaf.zero_point is None:
         zero = np.float64(1 << (leaf.bits - 1))
     else:
         zero = np.asarray(leaf.zero_point, np.float64)
     shape = codes.shape
-    if leaf.group is not None:
-        size, axis = leaf.group
-        at = codes.ndim + axis
-        codes = codes.reshape(*shape[:at], shape[at] // size, size, *shape[at + 1 :])
+    codes = cut(codes, leaf.blocks)
     # A code has 8 bits at most, so the float64 product is exact: the one rounding is to float32.
     product = ((codes - zero) * scale.astype(np.float64)).astype(np.float32)
     return product.reshape(shape).astype(leaf.dtype)
+
+
+def grid_levels(element):
+    """What each code stands for, by ml_dtypes and by the words of the documentation."""
+    if element == "nf4":
+        from jaxcomp.arrays.elements import ELEMENTS
+
+        return np.array(ELEMENTS["nf4"].levels, np.float32)
+    if element.startswith("power_of_two_"):
+        half = 1 << (int(element[-1]) - 1)
+        levels = [0.0, *(2.0 ** (code - half + 1) for code in range(1, half))]
+        return np.array([*levels, *(-level for level in levels)], np.float32)
+    dtype = jnp.dtype(element)
+    return np.arange(1 << jnp.finfo(dtype).bits, dtype=np.uint8).view(dtype).astype(np.float32)
+
+
+def grid_reference(leaf):
+    codes = unpack_reference(leaf.codes, leaf.bits, leaf.length)
+    shape = codes.shape
+    scale = np.asarray(leaf.scale).astype(np.float32)
+    if leaf.tensor_scale is not None:
+        scale = scale * np.asarray(leaf.tensor_scale)
+    # Both fit float64: the one rounding is to float32.
+    product = grid_levels(leaf.element)[cut(codes, leaf.blocks)].astype(np.float64) * scale
+    return product.astype(np.float32).reshape(shape).astype(leaf.dtype)
 
 
 def nm_reference(leaf):
@@ -102,17 +129,31 @@ def block_reference(leaf):
     return dense
 
 
+def cut(x, blocks):
+    """Each axis that is cut becomes two, in the order of the axes."""
+    shape = []
+    sizes = {x.ndim + axis: size for size, axis in blocks}
+    for at, n in enumerate(x.shape):
+        shape += [n // sizes[at], sizes[at]] if at in sizes else [n]
+    return x.reshape(shape)
+
+
 def quantized(
-    x, bits=4, group=None, affine=False, batch_axes=0, per_channel=True, scale_dtype="float32"
+    x,
+    bits=4,
+    blocks=(),
+    affine=False,
+    batch_axes=0,
+    per_channel=True,
+    scale_dtype="float32",
+    zero=True,
 ):
-    """Round to nearest on a grid per last-axis channel (or group, or batch entry)."""
+    """Round to nearest on a grid per last-axis channel (or block, or batch entry)."""
     x = np.asarray(x)
     wide = x.astype(np.float64)
-    if group is not None:
-        size, axis = group
-        at = x.ndim + axis
-        wide = wide.reshape(*x.shape[:at], x.shape[at] // size, size, *x.shape[at + 1 :])
-        reduced = (at + 1,)
+    if blocks:
+        wide = cut(wide, blocks)
+        reduced = tuple(x.ndim + axis + 1 + count for count, (_, axis) in enumerate(blocks))
     elif per_channel and x.ndim > batch_axes + 1:
         reduced = tuple(range(batch_axes, x.ndim - 1))
     else:
@@ -122,18 +163,44 @@ def quantized(
     top = (1 << bits) - 1
     if affine:
         scale = (high - low) / top
-        zero = np.clip(np.round(-low / scale), 0, top)
+        middle = np.clip(np.round(-low / scale), 0, top)
     else:
         scale = np.maximum(-low, high) / max(top // 2, 1)
-        zero = np.float64(1 << (bits - 1))
-    codes = np.clip(np.round(wide / scale) + zero, 0, top).astype(np.uint8).reshape(x.shape)
+        middle = np.float64(1 << (bits - 1))
+    codes = np.clip(np.round(wide / scale) + middle, 0, top).astype(np.uint8).reshape(x.shape)
     return QuantizedArray(
         codes=jnp.asarray(pack_reference(codes, bits)),
         scale=jnp.asarray(scale, scale_dtype),
-        zero_point=jnp.asarray(zero, jnp.uint8) if affine else None,
+        zero_point=jnp.asarray(middle, jnp.uint8) if affine else None,
         bits=bits,
         length=x.shape[-1],
-        group=group,
+        blocks=blocks,
+        dense_dtype=x.dtype,
+        zero=zero,
+    )
+
+
+def grid(x, element, blocks=(), scale_dtype="float32", tensor_scale=False, batch_axes=0):
+    """The nearest level, by trying all of them."""
+    x = np.asarray(x)
+    wide = cut(x.astype(np.float64), blocks)
+    reduced = tuple(x.ndim + axis + 1 + count for count, (_, axis) in enumerate(blocks))
+    reduced = reduced or tuple(range(batch_axes, wide.ndim - 1))
+    levels = grid_levels(element).astype(np.float64)
+    levels = np.where(np.isfinite(levels), levels, 0)
+    scale = np.abs(wide).max(reduced, keepdims=True, initial=1e-3) / levels.max()
+    whole = np.ones((*x.shape[:batch_axes], *(1,) * (wide.ndim - batch_axes)), np.float32)
+    whole = whole * np.float32(0.25)
+    scale = (scale * 4 if tensor_scale else scale).astype(jnp.dtype(scale_dtype))
+    steps = scale.astype(np.float64) * (whole if tensor_scale else 1)
+    codes = np.abs((wide / steps)[..., None] - levels).argmin(-1).reshape(x.shape)
+    return GridArray(
+        codes=jnp.asarray(pack_reference(codes, len(levels).bit_length() - 1)),
+        scale=jnp.asarray(scale),
+        tensor_scale=jnp.asarray(whole) if tensor_scale else None,
+        element=element,
+        length=x.shape[-1],
+        blocks=blocks,
         dense_dtype=x.dtype,
     )
 
@@ -190,14 +257,18 @@ def fit_nm(x, batch_axes=0):
 
 
 FORMS = {
-    "int1": lambda x, batch_axes=0: quantized(x, 1, batch_axes=batch_axes),
+    "int1": lambda x, batch_axes=0: quantized(x, 1, batch_axes=batch_axes, zero=False),
     "int3-affine": lambda x, batch_axes=0: quantized(x, 3, affine=True, batch_axes=batch_axes),
     "int4": lambda x, batch_axes=0: quantized(x, 4, batch_axes=batch_axes),
     "int4-tensor": lambda x, batch_axes=0: quantized(
         x, 4, batch_axes=batch_axes, per_channel=False
     ),
-    "int5-groups-last": lambda x, batch_axes=0: quantized(x, 5, group=(2, -1)),
-    "int8-groups-first": lambda x, batch_axes=0: quantized(x, 8, group=(2, -2), affine=True),
+    "int5-groups-last": lambda x, batch_axes=0: quantized(x, 5, blocks=((2, -1),)),
+    "int8-groups-first": lambda x, batch_axes=0: quantized(x, 8, blocks=((2, -2),), affine=True),
+    "mxfp4": lambda x, batch_axes=0: grid(x, "float4_e2m1fn", ((2, -2),), "float8_e8m0fnu"),
+    "e4m3-tiles": lambda x, batch_axes=0: grid(
+        x, "float8_e4m3fn", ((2, -2), (2, -1)), "float8_e4m3fn", True, batch_axes
+    ),
     "codebook16": lambda x, batch_axes=0: shared(x, 16, batch_axes),
     "codebook5": lambda x, batch_axes=0: shared(x, 5, batch_axes),
     "sparse": lambda x, batch_axes=0: sparse(x, batch_axes=batch_axes),

@@ -64,7 +64,7 @@ def equal(a, b):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "form", ["int3-affine", "int5-groups-last", "codebook16", "sparse", "2:4", "blocks"]
+    "form", ["int3-affine", "int5-groups-last", "mxfp4", "codebook16", "sparse", "2:4", "blocks"]
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_decode_inside_jit(form, layout, kind):
@@ -79,7 +79,7 @@ def test_decode_inside_jit(form, layout, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "form", ["int8-groups-first", "int1", "codebook5", "sparse", "1:all", "blocks"]
+    "form", ["int8-groups-first", "int1", "e4m3-tiles", "codebook5", "sparse", "1:all", "blocks"]
 )
 def test_decode_without_jit_and_inside_set_mesh(form, kind):
     mesh = mesh_of(kind)
@@ -91,7 +91,7 @@ def test_decode_without_jit_and_inside_set_mesh(form, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("form", ["int4", "codebook16", "sparse", "2:4", "blocks"])
+@pytest.mark.parametrize("form", ["int4", "e4m3-tiles", "codebook16", "sparse", "2:4", "blocks"])
 @pytest.mark.parametrize("axis", ["layers", "rows"])
 def test_stacks_under_vmap_and_scan(form, axis, kind):
     stack = FORMS[form](weights((4, 8, 16)), batch_axes=1)
@@ -205,7 +205,7 @@ def test_encoding_on_an_explicit_mesh_inside_jit():
     @jax.jit
     def encode(codes, book):
         scale = jnp.max(book).reshape(1, 1)
-        quantized = QuantizedArray(pack_bits(codes, 3), scale, None, 3, 12, None, "float32")
+        quantized = QuantizedArray(pack_bits(codes, 3), scale, None, 3, 12, (), "float32")
         return quantized, CodebookArray.from_indices(codes, book, "float32")
 
     for leaf in encode(here, book):

@@ -131,7 +131,8 @@ def test_gradient_of_codebooks_is_summed_over_their_members():
     check_grads(loss, (leaf.codebook,), order=1, modes=["fwd", "rev"], rtol=1e-2)
 
 
-@pytest.mark.parametrize("form", FLAT)
+# Gradients have the dtype of the field: 8 bits hold no sum, and e8m0 no sign.
+@pytest.mark.parametrize("form", [f for f in FLAT if f not in ("mxfp4", "e4m3-tiles")])
 def test_gradient_of_a_whole_leaf(form):
     leaf = FORMS[form](weights((4, 6)))
     grad = jax.jit(jax.grad(lambda leaf: (leaf.decode() ** 2).sum(), allow_int=True))(leaf)
@@ -192,7 +193,7 @@ def test_encoding_under_vmap_gives_every_field_the_axis():
         scale = jnp.max(book).reshape(1, 1)
         zero = jnp.full((1, 1), 7, jnp.uint8)
         return (
-            QuantizedArray(pack_bits(codes, 4), scale, zero, 4, 7, None, jnp.float32),
+            QuantizedArray(pack_bits(codes, 4), scale, zero, 4, 7, (), jnp.float32),
             CodebookArray.from_indices(codes, book, jnp.float32),
         )
 

@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 from leaf_samples import (
     FORMS,
     block_sparse,
+    grid,
     nm_sparse,
     quantized,
     reference,
@@ -63,14 +64,20 @@ def test_decode_is_the_reference(form, dtype):
     dtype=st.sampled_from(DTYPES),
     scale_dtype=st.sampled_from(DTYPES),
     layout=st.sampled_from(
-        [((7,), None), ((8,), (4, -1)), ((3, 5), None), ((4, 6), (3, -1)), ((4, 6), (2, -2))]
+        [
+            ((7,), ()),
+            ((8,), ((4, -1),)),
+            ((3, 5), ()),
+            ((4, 6), ((3, -1),)),
+            ((4, 6), ((2, -2), (3, -1))),
+        ]
     ),
     seed=st.integers(0, 99),
 )
 @settings(max_examples=20)
 def test_quantized_decode_is_exact(bits, affine, dtype, scale_dtype, layout, seed):
-    shape, group = layout
-    leaf = quantized(weights(shape, dtype, seed), bits, group, affine, scale_dtype=scale_dtype)
+    shape, blocks = layout
+    leaf = quantized(weights(shape, dtype, seed), bits, blocks, affine, scale_dtype=scale_dtype)
     same_bits(leaf.decode(), reference(leaf))
 
 
@@ -255,7 +262,7 @@ def test_leaves_without_elements(shape):
     leaves = [quantized(x), quantized(x, 3, affine=True), shared(x, 3), sparse(x)]
     leaves += [nm_sparse(x, 2, 4, -1), block_sparse(x, (2,))]
     if len(shape) > 1:
-        leaves += [quantized(x, 4, group=(2, -2)), sparse(x, batch_axes=1)]
+        leaves += [quantized(x, 4, blocks=((2, -2),)), sparse(x, batch_axes=1)]
         leaves += [nm_sparse(x, 1, 2), block_sparse(x, (2,), batch_axes=1), block_sparse(x)]
     for leaf in leaves:
         assert leaf.shape == shape
@@ -281,8 +288,22 @@ def test_host_copies_decode_too():
             "QuantizedArray(shape=(4, 6), dtype=float32, int4 symmetric, 6 scales, 36 bytes)",
         ),
         (
-            lambda: quantized(weights((8, 6), "bfloat16"), 3, (4, -2), affine=True),
+            lambda: quantized(weights((8, 6), "bfloat16"), 3, ((4, -2),), affine=True),
             "QuantizedArray(shape=(8, 6), dtype=bfloat16, int3 affine, groups of 4, 84 bytes)",
+        ),
+        (
+            lambda: quantized(weights((4, 6)), 1, ((2, -2), (3, -1)), zero=False),
+            "QuantizedArray(shape=(4, 6), dtype=float32, int1 without zero, blocks of 2x3, "
+            "20 bytes)",
+        ),
+        (
+            lambda: grid(weights((4, 6)), "nf4"),
+            "GridArray(shape=(4, 6), dtype=float32, nf4, 6 scales, 36 bytes)",
+        ),
+        (
+            lambda: grid(weights((4, 6)), "float4_e2m1fn", ((2, -2),), "float8_e8m0fnu"),
+            "GridArray(shape=(4, 6), dtype=float32, float4_e2m1fn, groups of 2 in float8_e8m0fnu, "
+            "24 bytes)",
         ),
         (
             lambda: quantized(weights((7,)), 8),
@@ -331,9 +352,7 @@ def test_repr_of_nonsense_is_one_line(form, fill):
 def test_one_spelling_of_each_dtype():
     leaf = quantized(weights((4, 6)))
     structures = {
-        jax.tree.structure(
-            QuantizedArray(leaf.codes, leaf.scale, None, 4, leaf.length, None, dtype)
-        )
+        jax.tree.structure(QuantizedArray(leaf.codes, leaf.scale, None, 4, leaf.length, (), dtype))
         for dtype in ("float32", jnp.float32, np.float32, np.dtype("float32"))
     }
     assert structures == {jax.tree.structure(leaf)}

@@ -22,6 +22,7 @@ from leaf_samples import (
 from jaxcomp.arrays import (
     BlockSparseArray,
     CodebookArray,
+    GridArray,
     NMSparseArray,
     Parts,
     QuantizedArray,
@@ -30,7 +31,14 @@ from jaxcomp.arrays import (
 )
 from jaxcomp.arrays.parts import read_array, read_dtype, read_floats, read_int, read_symbols
 
-CLASSES = [QuantizedArray, CodebookArray, SparseArray, NMSparseArray, BlockSparseArray]
+CLASSES = [
+    QuantizedArray,
+    GridArray,
+    CodebookArray,
+    SparseArray,
+    NMSparseArray,
+    BlockSparseArray,
+]
 
 
 def same_bits(a, b):
@@ -48,7 +56,7 @@ def test_round_trip_is_identical(form, dtype):
         parts = leaf.to_parts()
         assert json.loads(json.dumps(parts.static)) == parts.static
         for values, alphabet in parts.symbols.values():
-            if isinstance(leaf, QuantizedArray | CodebookArray | SparseArray):
+            if isinstance(leaf, QuantizedArray | GridArray | CodebookArray | SparseArray):
                 assert values.shape == shape
             assert values.dtype == np.uint8
             assert values.max() < alphabet
@@ -95,9 +103,16 @@ def test_a_layer_of_a_stack_keeps_its_padding():
 
 
 def quantized_parts(**changes):
-    static = {"bits": 4, "group": None, "dtype": "float32"}
+    static = {"bits": 4, "blocks": [], "zero": True, "dtype": "float32"}
     symbols = {"codes": Symbols(np.zeros((4, 6), np.uint8), 16)}
     arrays = {"scale": np.ones((1, 6), np.float32)}
+    return Parts({**static, **changes.pop("static", {})}, symbols, {**arrays, **changes})
+
+
+def grid_parts(**changes):
+    static = {"element": "float4_e2m1fn", "blocks": [[2, -1]], "dtype": "float32"}
+    symbols = {"codes": Symbols(np.zeros((4, 6), np.uint8), 16)}
+    arrays = {"scale": np.ones((4, 3, 1), jnp.float8_e8m0fnu)}
     return Parts({**static, **changes.pop("static", {})}, symbols, {**arrays, **changes})
 
 
@@ -119,6 +134,7 @@ GOOD = [
     (SparseArray, sparse_parts(np.eye(4, dtype=np.int64), np.ones(4, np.float32))),
     (NMSparseArray, nm_parts()),
     (BlockSparseArray, block_parts(np.eye(2, 3, dtype=np.int64), (2, 2, 2))),
+    (GridArray, grid_parts()),
 ]
 
 
@@ -169,17 +185,63 @@ def test_wrong_dtypes(dtype):
         CodebookArray.from_parts(GOOD[1][1]._replace(static={"dtype": dtype}))
 
 
-GROUP_LIES = [4, "ab", [], [2], [2, -1, 0], [2, 0], [2, 1], [2, -3], [0, -1], [-2, -1], [4, -1]]
-GROUP_LIES += [[2.0, -1], [True, -1], [2, None], ["2", "-1"], {"size": 2, "axis": -1}, False]
-GROUP_LIES += [[1 << 80, -1], [[2], -1], [2, -(1 << 80)]]
+BLOCK_LIES = [4, "ab", [2], [2, -1, 0], [2, 0], [2, 1], [2, -3], [0, -1], [-2, -1], [4, -1]]
+BLOCK_LIES += [[2.0, -1], [True, -1], [2, None], ["2", "-1"], {"size": 2, "axis": -1}, False]
+BLOCK_LIES += [[1 << 80, -1], [[2], -1], [2, -(1 << 80)]]
 
 
-@pytest.mark.parametrize("group", GROUP_LIES, ids=repr)
-def test_wrong_groups(group):
-    with pytest.raises(ValueError, match=r"group"):
+@pytest.mark.parametrize("block", BLOCK_LIES, ids=repr)
+def test_wrong_blocks(block):
+    scale = np.ones((4, 3, 1), np.float32)
+    for blocks in (block, [block]):
+        with pytest.raises(ValueError, match=r"blocks"):
+            QuantizedArray.from_parts(quantized_parts(static={"blocks": blocks}, scale=scale))
+        with pytest.raises(ValueError, match=r"blocks"):
+            GridArray.from_parts(grid_parts(static={"blocks": blocks}))
+
+
+@pytest.mark.parametrize("blocks", [[[2, -1], [2, -1]], [[3, -1], [2, -2]]])
+def test_blocks_twice_or_out_of_order(blocks):
+    with pytest.raises(ValueError, match="each axis once and in order"):
+        QuantizedArray.from_parts(quantized_parts(static={"blocks": blocks}))
+
+
+@pytest.mark.parametrize("zero", [None, 0, 1, "true", [True]])
+def test_zero_of_another_type(zero):
+    with pytest.raises(ValueError, match="zero must be true, or false without a zero_point"):
+        QuantizedArray.from_parts(quantized_parts(static={"zero": zero}))
+
+
+def test_a_zero_point_without_zero():
+    with pytest.raises(ValueError, match="zero must be true, or false without a zero_point"):
         QuantizedArray.from_parts(
-            quantized_parts(static={"group": group}, scale=np.ones((4, 3, 1), np.float32))
+            quantized_parts(static={"zero": False}, zero_point=np.zeros((1, 6), np.uint8))
         )
+
+
+@pytest.mark.parametrize("element", [None, 4, "", "int4", "float32", ["nf4"], "nf4 ", "n" * 10**5])
+def test_unknown_elements(element):
+    with pytest.raises(ValueError, match="element must be one of float8_e4m3fn, ") as error:
+        GridArray.from_parts(grid_parts(static={"element": element}))
+    assert len(str(error.value)) < 300
+
+
+def test_elements_of_other_bits():
+    for element in ("float8_e4m3fn", "power_of_two_3"):
+        with pytest.raises(ValueError, match="the alphabet of codes must be"):
+            GridArray.from_parts(grid_parts(static={"element": element}))
+
+
+def test_scales_of_a_grid_that_do_not_fit():
+    for shape in [(), (1,), (4, 6), (4, 2, 1), (1, 4, 3, 1)]:
+        with pytest.raises(ValueError, match="do not fit codes of shape"):
+            GridArray.from_parts(grid_parts(scale=np.ones(shape, np.float32)))
+    assert GridArray.from_parts(grid_parts(tensor_scale=np.ones((1, 1, 1), np.float32))).ndim == 2
+    for wrong in (np.ones((1, 1), np.float32), np.ones((2, 1, 1), np.float32)):
+        with pytest.raises(ValueError, match="tensor_scale must be float32 and broadcast to scale"):
+            GridArray.from_parts(grid_parts(tensor_scale=wrong))
+    with pytest.raises(ValueError, match="tensor_scale must be float32"):
+        GridArray.from_parts(grid_parts(tensor_scale=np.ones((1, 1, 1), np.float16)))
 
 
 @pytest.mark.parametrize(
@@ -191,12 +253,17 @@ def test_scales_that_do_not_fit(shape):
 
 
 def test_grouped_scales_that_do_not_fit():
-    good = quantized_parts(static={"group": [3, -1]}, scale=np.ones((4, 2, 1), np.float32))
-    assert QuantizedArray.from_parts(good).group == (3, -1)
+    good = quantized_parts(static={"blocks": [[3, -1]]}, scale=np.ones((4, 2, 1), np.float32))
+    assert QuantizedArray.from_parts(good).blocks == ((3, -1),)
+    tiles = {"blocks": [[2, -2], [3, -1]]}
+    good = quantized_parts(static=tiles, scale=np.ones((2, 1, 2, 1), np.float32))
+    assert QuantizedArray.from_parts(good).blocks == ((2, -2), (3, -1))
+    with pytest.raises(ValueError, match="do not fit codes of shape"):
+        QuantizedArray.from_parts(good._replace(arrays={"scale": np.ones((2, 3, 1, 1), "f4")}))
     for shape in [(1, 6), (4, 3, 1), (4, 2), (2, 4, 1)]:
         with pytest.raises(ValueError, match="do not fit codes of shape"):
             QuantizedArray.from_parts(
-                quantized_parts(static={"group": [3, -1]}, scale=np.ones(shape, np.float32))
+                quantized_parts(static={"blocks": [[3, -1]]}, scale=np.ones(shape, np.float32))
             )
 
 
@@ -226,7 +293,7 @@ def test_arrays_of_wrong_dtype(lie):
         CodebookArray.from_parts(GOOD[1][1]._replace(arrays={"codebook": wrong}))
     with pytest.raises(ValueError, match="values must be"):
         SparseArray.from_parts(GOOD[2][1]._replace(arrays={"values": wrong}))
-    for cls, parts in GOOD[3:]:
+    for cls, parts in GOOD[3:5]:
         with pytest.raises(ValueError, match="values must be"):
             cls.from_parts(parts._replace(arrays={"values": wrong}))
     if wrong is not None:  # None stands for a symmetric leaf
@@ -331,11 +398,13 @@ CODES = seldom(filled("u1", "u2", "i4", "i8"), filled("f4", "?", "i1", "u8") | A
 ZEROS = seldom(filled("u1"), filled("i1", "f4") | ANYTHING)
 ALPHABETS = seldom(st.sampled_from([1, 2, 4, 8, 16]), ANYTHING)
 SYMBOLS = seldom(st.builds(Symbols, CODES, ALPHABETS), ANYTHING)
-GROUPS = st.none() | st.tuples(st.integers(1, 2), st.integers(-2, -1)).map(list)
+BLOCKS = st.lists(st.tuples(st.integers(1, 2), st.integers(-2, -1)).map(list), max_size=2)
 DTYPES = st.sampled_from(["float32", "bfloat16", "float16"])
 STATIC = {
     "bits": seldom(st.integers(1, 4), ANYTHING),
-    "group": seldom(GROUPS, ANYTHING),
+    "blocks": seldom(BLOCKS, ANYTHING),
+    "zero": seldom(st.booleans(), ANYTHING),
+    "element": seldom(st.sampled_from(["nf4", "power_of_two_3", "float8_e5m2"]), ANYTHING),
     "dtype": seldom(DTYPES, ANYTHING),
     "n": seldom(st.just(1), ANYTHING),
     "m": seldom(st.sampled_from([2, 4]), ANYTHING),
@@ -351,9 +420,15 @@ def static(*names):
 PARTS = {
     QuantizedArray: st.builds(
         Parts,
-        static("bits", "group", "dtype"),
+        static("bits", "blocks", "zero", "dtype"),
         st.fixed_dictionaries({"codes": SYMBOLS}),
         st.fixed_dictionaries({"scale": FLOATS}, optional={"zero_point": ZEROS}),
+    ),
+    GridArray: st.builds(
+        Parts,
+        static("element", "blocks", "dtype"),
+        st.fixed_dictionaries({"codes": SYMBOLS}),
+        st.fixed_dictionaries({"scale": FLOATS}, optional={"tensor_scale": FLOATS}),
     ),
     CodebookArray: st.builds(
         Parts,
@@ -413,7 +488,7 @@ def check(cls, parts):
         assert len(error) < 500
         return
     ((_, symbols),) = parts.symbols.items()
-    if cls in CLASSES[:3]:
+    if cls in CLASSES[:4]:
         assert leaf.shape == symbols.values.shape
     assert leaf.decode().shape == leaf.shape
     again = leaf.to_parts()

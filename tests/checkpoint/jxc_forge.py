@@ -42,9 +42,10 @@ def quantized(rng: np.random.Generator, shape=(6, 5), bits=4, group=None) -> Qua
     scales = [1] * len(shape)
     if group is not None:
         scales[-1:] = [shape[-1] // group, 1]
+    blocks = [] if group is None else [[group, -1]]
     return QuantizedArray.from_parts(
         Parts(
-            {"bits": bits, "group": None if group is None else [group, -1], "dtype": "float32"},
+            {"bits": bits, "blocks": blocks, "zero": True, "dtype": "float32"},
             {"codes": Symbols(codes.astype(np.uint8), 1 << bits)},
             {"scale": rng.uniform(0.5, 1, scales).astype(np.float32)},
         )

@@ -128,7 +128,7 @@ def test_arrays_of_other_processes(tmp_path, monkeypatch):
 def test_a_compressed_leaf_whose_fields_do_not_fit(tmp_path):
     leaf = quantized(RNG)
     broken = {
-        "scale": QuantizedArray(leaf.codes, jnp.ones((3, 1)), None, 4, 5, None, leaf.dtype),
+        "scale": QuantizedArray(leaf.codes, jnp.ones((3, 1)), None, 4, 5, (), leaf.dtype),
         "codebook": CodebookArray(jnp.full((2, 1), 255, jnp.uint8), jnp.ones(3), 2, leaf.dtype),
         "values": SparseArray(jnp.full((2, 1), 255, jnp.uint8), jnp.ones(3), 8),
         "patterns": NMSparseArray(jnp.ones((2, 1)), jnp.zeros((2, 1), jnp.uint8), 2, 4, -2),

@@ -94,7 +94,7 @@ def half_step(leaf, dtype) -> np.ndarray:
 
 def format_of(leaf) -> Format:
     """A format with the groups of a leaf."""
-    return Format(leaf.bits, granularity=PerGroup(*leaf.group) if leaf.group else PerTensor())
+    return Format(leaf.bits, granularity=PerGroup(*leaf.blocks[0]) if leaf.blocks else PerTensor())
 
 
 def samples(dtype, shape=SHAPE, seed: int = 0) -> dict[str, jax.Array]:

@@ -27,7 +27,8 @@ from quantize_reference import (
 )
 
 from jaxcomp.quantize import Format, PerChannel, PerGroup, PerTensor, encode
-from jaxcomp.quantize.affine import find_codes, find_range
+from jaxcomp.quantize.affine import find_codes
+from jaxcomp.quantize.scales import Scales, find_scales
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 KINDS = list(samples(jnp.float32))
@@ -244,7 +245,7 @@ def test_a_coarse_scale_is_divided_by_in_float32():
     x = jnp.linspace(-20, 20, 301)
     for dtype in (jnp.bfloat16, jnp.float16):
         scale = jnp.array([0.1575], dtype)
-        codes, _ = find_codes(x, scale, None, Format(8))
+        codes, _ = find_codes(x, Scales(scale), Format(8))
         exact = np.clip(np.rint(wide(x) / wide(scale)), -127, 127)
         np.testing.assert_array_equal(np.asarray(codes, np.int64) - 128, exact)
 
@@ -266,7 +267,7 @@ def test_nan_and_infinity_are_not_hidden_inside_jit(dtype):
 def test_the_range_of_other_floats():
     x = jnp.asarray(np.linspace(-448, 448, 96).reshape(SHAPE), jnp.float8_e4m3fn)
     for symmetric in (True, False):
-        scale, _ = find_range(x, Format(4, symmetric, PerTensor()))
+        scale = find_scales(x, Format(4, symmetric, PerTensor())).scale
         values = round_trip(x, Format(4, symmetric, PerTensor()))
         assert values.dtype == jnp.float8_e4m3fn
         assert np.all(np.abs(wide(values) - wide(x)) <= wide(scale) / 2 + 32)

@@ -23,9 +23,9 @@ from quantize_reference import (
 )
 
 import jaxcomp
-from jaxcomp.arrays.quantized import dequantize
 from jaxcomp.quantize import Format, PerChannel, PerGroup, PerTensor, encode, fake_quant
-from jaxcomp.quantize.affine import find_codes, find_range
+from jaxcomp.quantize.affine import find_codes, from_codes
+from jaxcomp.quantize.scales import Scales, find_scales
 
 # Every bits, symmetry and dtype, with each granularity in turn.
 LAW = [
@@ -111,16 +111,16 @@ def _tied(format):
 def test_given_range(format):
     """With the range that would be found, or a constant or a traced one: the same values."""
     x = samples(jnp.float32)["normal"]
-    scale, zero_point = find_range(x, format)
+    scale, zero_point, _ = find_scales(x, format)
     given_range = (scale,) if zero_point is None else (scale, zero_point)
     expected = round_trip(x, format)
     assert same_bits(fake_quant(x, format, *given_range), expected)
     assert same_bits(jax.jit(lambda x: fake_quant(x, format, *given_range))(x), expected)
     assert same_bits(jax.jit(lambda x, *g: fake_quant(x, format, *g))(x, *given_range), expected)
     narrow = scale / 3
-    codes, _ = find_codes(x, narrow, zero_point, format)
-    group = format.group(x.shape)
-    clipped = dequantize(codes, narrow, zero_point, bits=format.bits, group=group, dtype=x.dtype)
+    scales = Scales(narrow, zero_point)
+    codes, _ = find_codes(x, scales, format)
+    clipped = from_codes(codes, scales, format, x.dtype)
     assert same_bits(jax.jit(lambda x: fake_quant(x, format, narrow, *given_range[1:]))(x), clipped)
 
 
