@@ -153,7 +153,8 @@ def round_matrix(
     zero_points = None if zero_point is None else in_blocks(zero_point.astype(jnp.int32))
     blocks = (jnp.arange(total // block), in_blocks(scale.astype(jnp.float32)), zero_points)
     _, codes = lax.scan(round_block, lay_out(weight.astype(jnp.float32)), blocks)
-    return codes.reshape(total, outputs)[:features][jnp.argsort(walk)]
+    codes = codes.reshape(total, outputs)[:features]
+    return jnp.zeros_like(codes).at[walk].set(codes, unique_indices=True)
 
 
 def _round_block(
