@@ -128,8 +128,7 @@ def leafwise(rule: LeafRule, stages: tuple[Stage, ...], trace: ModelTrace | None
 
     @jax.jit
     def learn(leaves: tree_lib.Leaves, step: Any) -> dict[str, Any]:
-        begun = rule.learn
-        assert begun is not None
+        begun: Any = rule.learn
         options = [
             lambda leaves, i=i: {
                 path: begun(leaf, format_of(path, leaf, i)) for path, leaf in leaves.items()

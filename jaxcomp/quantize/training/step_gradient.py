@@ -2,7 +2,6 @@
 
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +10,15 @@ from jaxtyping import Array, Float, UInt8
 from jaxcomp.arrays.blocks import wide_scale
 from jaxcomp.checks import check_count
 from jaxcomp.quantize.affine import find_codes, from_codes
-from jaxcomp.quantize.arithmetic import TINY
 from jaxcomp.quantize.checks import check_quantizable, check_scales
 from jaxcomp.quantize.formats import Format
-from jaxcomp.quantize.scales import Scales, find_scales, scales_of, spread_scales
+from jaxcomp.quantize.scales import Scales, find_scales, spread_scales
+from jaxcomp.quantize.training.learned_scale import (
+    level_limits,
+    magnitude,
+    used_step,
+    with_slope,
+)
 from jaxcomp.sharding import automatic, spec_like
 
 
@@ -70,7 +74,7 @@ def fake_quant_learned(
         raise TypeError(f"steps are learned in a uniform quantize.Format, not {format!r}")
     if not hasattr(scale, "dtype") or not jnp.issubdtype(scale.dtype, jnp.floating):
         raise TypeError(f"scale must be a floating array, not {scale!r:.60}: cast it")
-    check_scales(x, format, used_step(scale, format, x.dtype), zero_point)
+    check_scales(x, format, wide_scale(used_step(scale, format, x.dtype)), zero_point)
     if count is not None:
         check_count("count", count)
     share = x.size // scale.size if count is None else count
@@ -107,28 +111,6 @@ def initial_step(
     return automatic(lambda *arrays: _initial_step(*arrays, format))(x, zero_point)
 
 
-def used_step(scale: Float[Array, "..."], format: Format, dtype: Any) -> Float[Array, "..."]:
-    """The step sizes that quantize, of those that are learned: positive, no level overflows.
-
-    Args:
-        scale: as learned.
-        format: what to quantize to.
-        dtype: of what is quantized.
-
-    Returns:
-        Their magnitudes in the format's ``scale_dtype``.
-
-    Example:
-        >>> used_step(jnp.array([-0.5, 0.0]), Format(4), jnp.float32)
-        Array([5.0000000e-01, 2.3509887e-38], dtype=float32)
-    """
-    largest = float(jnp.finfo(dtype).max) / 2**format.bits
-    step = jnp.clip(_magnitude(wide_scale(scale)), TINY, largest)
-    if format.scale_dtype == "float32":
-        return step.astype(jnp.float32)
-    return scales_of(None, step * format.code_range[1], format, dtype).scale
-
-
 # Outside `jit` one program, instead of one for every operation on every shape.
 @functools.partial(jax.jit, static_argnums=2)
 def _initial_step(x: Array, zero_point: Array | None, format: Format) -> Array:
@@ -138,7 +120,7 @@ def _initial_step(x: Array, zero_point: Array | None, format: Format) -> Array:
     add_up = jax.linear_transpose(spread, jnp.zeros(shape))
     (total,) = add_up(jnp.abs(jax.lax.stop_gradient(x).astype(jnp.float32)))
     mean = total / (x.size // math.prod(shape))
-    high = jnp.maximum(_limits(format, zero_point)[1], 1.0)
+    high = jnp.maximum(level_limits(format, zero_point)[1], 1.0)
     # Without zero the levels are odd multiples of half a step.
     step = (2 if format.zero else 1) * mean / jnp.sqrt(high)
     return jnp.where(step > 0, step, 1.0)
@@ -157,41 +139,12 @@ def _fake_quant(
     def spread(field: Array) -> Array:
         return spread_scales(Scales(field), x.shape, format).scale
 
-    low, high = _limits(format, zero_point)
+    low, high = level_limits(format, zero_point)
     ratio = stopped.astype(jnp.float32) / spread(step)
     inside = (ratio > spread(low)) & (ratio < spread(high))
     slope = level - jnp.where(inside, ratio, 0.0)
     # The last code can be that of zero.
     factor = jax.lax.rsqrt(share * jnp.maximum(high, 1.0))
     # Only the derivative of what carries the scale is used, never its value.
-    carrier = spread(_magnitude(wide_scale(scale)) * factor)
-    return _learned(x, carrier, jnp.where(jnp.isnan(stopped), stopped, values), inside, slope)
-
-
-@jax.custom_jvp
-def _learned(x: Array, carrier: Array, values: Array, inside: Array, slope: Array) -> Array:
-    """``values``, with the derivative of ``x`` where inside, and ``slope`` times the scale's."""
-    del x, carrier, inside, slope
-    return values
-
-
-@_learned.defjvp
-def _learned_jvp(primals: Any, tangents: Any) -> Any:
-    values, (_, _, _, inside, slope) = _learned(*primals), primals
-    through = jnp.where(inside, tangents[0], jnp.zeros_like(tangents[0]))
-    # The product in float32, so that the gradients of all who share a step are summed in it.
-    return values, through + (slope * tangents[1]).astype(through.dtype)
-
-
-def _magnitude(scale: Array) -> Array:
-    # At zero too the derivative is 1, or a step that landed there would stay.
-    return jnp.where(scale < 0, -scale, scale)
-
-
-def _limits(format: Format, zero_point: Array | None) -> tuple[Array, Array]:
-    """The first and the last level, in multiples of the scale."""
-    low, high = format.code_range
-    if not format.zero:
-        low = -high
-    zero = 0.0 if zero_point is None else zero_point.astype(jnp.float32)
-    return jnp.asarray(low, jnp.float32) - zero, jnp.asarray(high, jnp.float32) - zero
+    carrier = spread(magnitude(wide_scale(scale)) * factor)
+    return with_slope(x, carrier, jnp.where(jnp.isnan(stopped), stopped, values), inside, slope)

@@ -224,7 +224,7 @@ def test_against_torch(axis):
         x = jnp.where(between, 0.1 * scale, x)
         ct = RNG.normal(size=SHAPE).astype(np.float32)
         factor = 1 / math.sqrt(x.size // scale.size * (last - (zero or 0)))
-        points = None if point is None else jnp.full(scale.shape, zero, jnp.uint8)
+        points = None if zero is None else jnp.full(scale.shape, zero, jnp.uint8)
         values, pull = jax.vjp(
             lambda x, s, f=format, p=points: fake_quant_learned(x, s, f, p), x, scale
         )
