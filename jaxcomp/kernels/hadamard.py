@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -40,7 +41,7 @@ def block_size(size: int) -> int:
     return size & -size
 
 
-def hadamard(x: Float[Any, "..."], axis: int | Sequence[int] = -1) -> Float[Array, "..."]:
+def hadamard(x: Any, axis: int | Sequence[int] = -1) -> Float[Array, "..."]:
     """Multiply an axis by the orthonormal Hadamard matrix of its largest power of two.
 
     Linear, symmetric and orthonormal, so also its own transpose, inverse and derivative:
@@ -76,8 +77,12 @@ def hadamard(x: Float[Any, "..."], axis: int | Sequence[int] = -1) -> Float[Arra
     axes = tuple(each % x.ndim for each in axes)
     if len(set(axes)) < len(axes):
         raise ValueError(f"an axis is named twice: {axis}")
-    work = partial(_transform, axes=axes)
-    return automatic(work, spec_like(x, x.shape))(x)
+    return _placed(x, axes)
+
+
+@partial(jax.jit, static_argnums=1)
+def _placed(x: Array, axes: tuple[int, ...]) -> Array:
+    return automatic(partial(_transform, axes=axes), spec_like(x, x.shape))(x)
 
 
 def _transform(x: Array, axes: tuple[int, ...]) -> Array:
