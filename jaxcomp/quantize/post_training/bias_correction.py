@@ -123,7 +123,7 @@ def correct_bias(
         Array([0.6], dtype=float32)
         >>> print(found)
         bias  weights  shift before  after
-        b     w               10.2%   0.0%
+        b     w                8.8%   0.0%
 
     Source: Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction",
     2019, section 4.2 and appendix D.
@@ -139,8 +139,8 @@ def correct_bias(
         both = {"dense": params, "quantized": now}
         files = WalkFiles.open(directory, "bias_correction", {"at_once": str(at_once)}, both)
     measure = _Meter(apply_fn, compressed, places)
-    dense = measure(params, again(), list(places))
-    before = measure(quantized, again(), list(places))
+    dense = measure(params, again())
+    before = measure(quantized, again())
     groups = [list(places)[i : i + at_once] for i in range(0, len(places), at_once)]
     news = tree_lib.Leaves()
     old = tree_lib.flatten(quantized)
@@ -153,19 +153,20 @@ def correct_bias(
     for number, group in enumerate(watched(groups, "correcting biases", progress)):
         done = None if files is None else files.read(number, group, check)
         if done is None:
-            found = measure(tree_lib.replace(quantized, news), again(), group) if number else before
+            found = measure(tree_lib.replace(quantized, news), again()) if number else before
             done = {path: (_moved(old[path], dense[path], found[path]),) for path in group}
             if files is not None:
                 files.write(number, done)
         for path, (new,) in done.items():
             news[path] = _placed(new, old[path])
     corrected = tree_lib.replace(quantized, news)
-    after = measure(corrected, again(), list(places))
-    report = tuple(
-        CorrectedBias(path, weights[path], *(_shift(dense[path], x[path]) for x in (before, after)))
-        for path in places
-    )
-    return Corrected(corrected, report, without)
+    after = measure(corrected, again())
+    report = []
+    for path in places:
+        moved = np.asarray(news[path], np.float64) - np.asarray(old[path], np.float64)
+        shifts = _shift(dense[path], before[path], 0), _shift(dense[path], after[path], moved)
+        report.append(CorrectedBias(path, weights[path], *shifts))
+    return Corrected(corrected, tuple(report), without)
 
 
 def _compressed(params: Any, quantized: Any) -> list[str]:
@@ -217,26 +218,22 @@ class _Meter:
         self.apply_fn, self.compressed, self.places = apply_fn, compressed, places
         self.steps: dict[Any, Any] = {}
 
-    def __call__(
-        self, params: Any, batches: Iterable[Any], paths: Sequence[str]
-    ) -> dict[str, _Means]:
-        """The means of outputs before some biases."""
+    def __call__(self, params: Any, batches: Iterable[Any]) -> dict[str, _Means]:
+        """The means of the outputs before each bias."""
         params = decode(params)
-        state = {path: _begin(self.places[path][0]) for path in paths}
+        state = {path: _begin(places[0]) for path, places in self.places.items()}
         for batch in batches:
             inputs = spread(batch)
-            state = self.step(params, inputs, tuple(paths))(state, params, inputs)
+            state = self.step(params, inputs)(state, params, inputs)
         found = jax.device_get(state)
         for path, means in found.items():
             if not np.all(np.isfinite(means.mean)) or not np.all(np.isfinite(means.square)):
-                raise ValueError(
-                    f"{path}: it is added to NaN or infinite outputs: mend the batches"
-                )
+                raise ValueError(f"{path}: added to NaN or infinite outputs: mend the batches")
             if np.any(means.count == 0):
                 raise ValueError(f"{path}: no batch led to the sum with it")
         return found
 
-    def step(self, params: Any, inputs: Any, paths: tuple[str, ...]) -> Callable[..., Any]:
+    def step(self, params: Any, inputs: Any) -> Callable[..., Any]:
         leaves, structure = jax.tree.flatten((params, inputs))
         kind = (structure, tuple(map(jax.typeof, leaves)))
         if kind not in self.steps:
@@ -248,11 +245,8 @@ class _Meter:
                     f"{missing[0]}: a batch of another shape does not lead to the sum with it: "
                     "correct the biases with batches of one kind"
                 )
-            self.steps[kind] = program, places, {}
-        program, places, made = self.steps[kind]
-        if paths not in made:
-            made[paths] = _step(program, {path: places[path] for path in paths})
-        return made[paths]
+            self.steps[kind] = _step(program, {path: places[path] for path in self.places})
+        return self.steps[kind]
 
 
 def _begin(place: BiasPlace) -> _Means:
@@ -298,10 +292,11 @@ def _placed(new: Any, like: Any) -> Any:
     return jnp.asarray(new) if sharding is None else jax.device_put(new, sharding)
 
 
-def _shift(dense: _Means, found: _Means) -> float:
+def _shift(dense: _Means, found: _Means, moved: Any) -> float:
+    """How far means are from the dense model's, the bias moved as well."""
     size = np.sqrt(np.mean(dense.square))
-    shift = np.sqrt(np.mean(np.square(found.mean.astype(np.float64) - dense.mean)))
-    return float(shift / size) if size else 0.0
+    shift = found.mean.astype(np.float64) - dense.mean + moved
+    return float(np.sqrt(np.mean(np.square(shift))) / size) if size else 0.0
 
 
 def _table(found: Corrected) -> str:
