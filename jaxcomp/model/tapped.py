@@ -13,10 +13,10 @@ import jax.numpy as jnp
 
 from jaxcomp.model.program import Block, Op, Program, Value, Wiring, wirings
 
-# Bodies that run exactly once a visit, in the caller's own terms.
-_RULES = frozenset({"custom_jvp_call", "custom_vjp_call"})
+# Functions with a derivative of their own, which is lost where something is tapped inside.
+RULES = frozenset({"custom_jvp_call", "custom_vjp_call"})
 _REMAT = frozenset({"remat2", "checkpoint"})
-_ENTERED = _RULES | _REMAT | {"scan", "while", "cond"}
+_ENTERED = RULES | _REMAT | {"scan", "while", "cond"}
 
 State = dict[str, Any]
 # ``bind(*inputs)`` performs the operation as it is; its results in order.
@@ -212,7 +212,7 @@ def _nested(op: Op, inputs: tuple[Any, ...], plan: _Plan, state: State) -> Any:
     """An operation with taps or swaps in its bodies; only their entries of the state go in."""
     keys = dict.fromkeys(key for key, _ in _entries(op.blocks, plan) if key is not None)
     inner = {key: state[key] for key in keys}
-    if op.name in _RULES:
+    if op.name in RULES:
         results, inner = _block(op.blocks[0], inputs, plan, inner)
     elif op.name in _REMAT:
         results, inner = _remat(op, inputs, plan, inner)

@@ -29,6 +29,7 @@ class Point(NamedTuple):
         loops: the ``scan`` operations around it that walk along parameters, outermost first: each
             of their turns is a layer of its own.
         obstacle: why it cannot be rounded, or None.
+        rule: the function around it with a derivative of its own, or None.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Point(NamedTuple):
     operand: int
     loops: tuple[Op, ...]
     obstacle: str | None
+    rule: Op | None = None
 
     @property
     def value(self) -> Value:
@@ -102,6 +104,7 @@ def find_points(program: Program) -> Found:
     for op, outside in tapped.around(program):
         place = names.next("/".join(part for part in (op.scope, op.name) if part))
         loops = tuple(loop for loop, _ in outside if _walks(loop, weights))
+        rule = next((around for around, _ in outside if around.name in tapped.RULES), None)
         operands = [i for i, value in enumerate(op.inputs) if value in data]
         obstacle = tapped.obstacle(outside)
         if op not in alive:
@@ -114,10 +117,10 @@ def find_points(program: Program) -> Found:
             for i in operands:
                 name = path if op in met and len(operands) == 1 else f"{place}/{_SIDES[i]}"
                 reason = obstacle or _unfit(op.inputs[i])
-                products.append(Point(name, op, i, loops, reason))
+                products.append(Point(name, op, i, loops, reason, rule))
         elif op.name not in _OPEN:
             others += [
-                Point(f"{place}/{i}", op, i, loops, obstacle or _unfit(op.inputs[i]))
+                Point(f"{place}/{i}", op, i, loops, obstacle or _unfit(op.inputs[i]), rule)
                 for i in operands
                 if jnp.issubdtype(op.inputs[i].dtype, jnp.floating)
             ]
@@ -150,29 +153,40 @@ def choose(
     table = _table(rules, format)
     others = [] if rules is None else [point.name for point in found.others]
     taken = _matched(table, products, others)
-    for name, pattern in taken.items():
-        reason = named[name].obstacle
-        if reason is not None and pattern == name and table[pattern] is not None:
-            raise ValueError(f"points: '{name}' cannot be rounded: {reason}")
     left_out = dict(found.without)
-    for name in products:
-        if named[name].obstacle is not None:
-            left_out[name] = named[name].obstacle or ""
-        elif name not in taken:
-            left_out[name] = "no pattern matches it"
-        elif table[taken[name]] is None:
-            left_out[name] = f"left alone by the rule '{taken[name]}'"
-    formats = {
-        name: chosen
-        for name, point in named.items()
-        if name in taken and point.obstacle is None and (chosen := table[taken[name]]) is not None
-    }
+    formats: dict[str, AnyFormat] = {}
+    for name, point in named.items():
+        pattern = taken.get(name)
+        chosen = None if pattern is None else table[pattern]
+        if chosen is not None and pattern == name and point.obstacle is not None:
+            raise ValueError(f"points: '{name}' cannot be rounded: {point.obstacle}")
+        reason = _reason(point, pattern, chosen)
+        if reason is None and chosen is not None:
+            formats[name] = chosen
+        elif reason is not None and (pattern is not None or point.op.name in PRODUCTS):
+            left_out[name] = reason
     if not formats:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         raise ValueError(f"no activation to round: {reasons or 'the function has no product'}")
     for name, chosen in formats.items():
         _check_format(named[name], chosen)
     return Chosen(tuple(named[name] for name in formats), formats, left_out)
+
+
+def _reason(point: Point, pattern: str | None, chosen: AnyFormat | None) -> str | None:
+    """Why a point is left out, or None."""
+    if point.obstacle is not None:
+        return point.obstacle
+    if pattern is None:
+        return "no pattern matches it"
+    if chosen is None:
+        return f"left alone by the rule '{pattern}'"
+    if point.rule is not None and pattern != point.name:
+        return (
+            f"it is inside {point.rule}, whose own derivative would be lost: name it in full to "
+            "round it all the same"
+        )
+    return None
 
 
 def _table(rules: Rules, format: AnyFormat) -> dict[str, AnyFormat | None]:

@@ -102,6 +102,30 @@ def test_inside_shard_map_each_device_would_round_its_own_part():
     assert "shard_map" in reason
 
 
+@jax.custom_vjp
+def _scaled(x, w):
+    return x @ w
+
+
+_scaled.defvjp(lambda x, w: (x @ w, (x, w)), lambda kept, g: (7 * g @ kept[1].T, kept[0].T @ g))
+
+
+def test_a_derivative_of_its_own_is_not_lost_unless_the_point_is_named():
+    def model(params, x):
+        return _scaled(x, params["key"]) @ params["out"]
+
+    def slope(run):
+        return jax.grad(lambda x: run(W, x).sum())(X)
+
+    run = activations(model, W, X, format=INT4)
+    assert list(run.points) == ["out"]
+    assert "whose own derivative would be lost" in run.left_out["key"]
+    np.testing.assert_allclose(slope(run), slope(model), rtol=1e-5)
+    named = activations(model, W, X, format=INT4, points=["key", "*"])
+    assert list(named.points) == ["key", "out"]
+    np.testing.assert_allclose(7 * slope(named), slope(model), rtol=1e-5)
+
+
 def test_messages():
     with pytest.raises(ValueError, match=r"'quary' matches nothing; nearest: query"):
         activations(attend, W, X, format=INT4, points="quary")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxcomp.model.program import read, walk
+from jaxcomp.quantize import Format, train
 from jaxcomp.quantize.activations.dynamic import activations
 from jaxcomp.quantize.activations.points import PRODUCTS, find_points
 from tests.model.zoo import ZOO
@@ -68,6 +69,17 @@ def test_eight_bits_change_the_outputs_a_little(name):
 @pytest.mark.parametrize("name", [name for name in ZOO if name not in RUN])
 def test_eight_bits_change_the_outputs_of_all_others_a_little(name):
     assert 0 < error_of(name) < 0.05
+
+
+@pytest.mark.parametrize("name", ["mlp bfloat16", "scanned remat", "gru"])
+def test_what_training_simulates_is_what_the_packed_network_computes(name):
+    case = case_of(name)
+    method = train(Format(8))
+    state = method.init(case.params)
+    run = activations(case.apply_fn, case.params, *case.inputs)
+    simulated = jax.jit(lambda p: run(method.apply(p, state), *case.inputs))(case.params)
+    packed = jax.jit(run)(method.pack(case.params, state), *case.inputs)
+    jax.tree.map(np.testing.assert_array_equal, simulated, packed)
 
 
 @pytest.mark.parametrize(
