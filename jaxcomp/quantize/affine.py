@@ -174,7 +174,7 @@ def _scales_spec(x: jax.Array, format: AnyFormat) -> Scales:
     spec = list(spec_like(x, tuple(shape)))
     if spec:
         for _, axis in reversed(blocks):
-            spec.insert(len(spec) + axis + 1, None)
+            spec.insert(x.ndim + axis + 1, None)
     affine = isinstance(format, Format) and not format.symmetric
     whole = not isinstance(format, Format) and format.tensor_scale
     here = PartitionSpec(*spec)
