@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from jaxcomp.arrays import CompressedArray, decode
@@ -19,7 +20,7 @@ from jaxcomp.model.matrices import MatrixForm, to_matrix
 from jaxcomp.model.second_moments import output_errors
 from jaxcomp.quantize.affine import encode
 from jaxcomp.quantize.post_training.walk import Quantized, Solve, Task, quantize_leaves
-from jaxcomp.sharding import automatic
+from jaxcomp.sharding import automatic, spec_like
 
 
 def nearest(task: Task, leaf: Any, moment: Any) -> CompressedArray:
@@ -136,12 +137,11 @@ def rotate_leaf(
         return plain
     leaf = jnp.asarray(leaf)
     signs = None if key is None else _signs(task, axes, key)
-    flips = flips_of(signs, leaf.shape, axes)
-    turned = rotate_values(leaf.astype(jnp.float32), axes, flips)
-    seen = moment
-    if moment is not None:
-        seen = automatic(partial(_turn_moment, task.form, axes))(moment, flips)
-    rotated = RotatedArray(solve(task, turned, seen), signs, axes, leaf.dtype)
+    turned, seen = automatic(partial(_turn, task.form, axes), _specs(leaf, moment))(
+        leaf, moment, signs
+    )
+    inner = solve(task, turned, seen)
+    rotated = RotatedArray(inner, signs, axes, leaf.dtype)
     before, after = (
         automatic(partial(_loss, task.form))(leaf, decode(new), moment) for new in (plain, rotated)
     )
@@ -169,6 +169,21 @@ def _signs(task: Task, axes: tuple[int, ...], key: Any) -> Array:
     # Stacked layers are taken apart along their own axes, signs and all.
     leading = [size if axis in form.outer_axes else 1 for axis, size in enumerate(shape[: axes[0]])]
     return pack_flips(jnp.broadcast_to(flips, (*leading, flips.size)))
+
+
+def _specs(leaf: Array, moment: Any) -> tuple[PartitionSpec, PartitionSpec]:
+    whole = PartitionSpec()
+    return spec_like(leaf, leaf.shape), whole if moment is None else spec_like(moment, moment.shape)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _turn(
+    form: MatrixForm, axes: tuple[int, ...], leaf: Array, moment: Any, signs: Any
+) -> tuple[Array, Any]:
+    """A leaf and the second moment of its inputs in the rotated basis."""
+    flips = flips_of(signs, leaf.shape, axes)
+    turned = rotate_values(leaf.astype(jnp.float32), axes, flips)
+    return turned, None if moment is None else _turn_moment(form, axes, moment, flips)
 
 
 def _turn_moment(form: MatrixForm, axes: tuple[int, ...], moment: Array, flips: Any) -> Array:
