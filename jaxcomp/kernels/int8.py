@@ -198,10 +198,7 @@ def _plain(x: jax.Array, codes: jax.Array, finish: _Finish) -> jax.Array:
 
 
 def _cpu(x: jax.Array, codes: jax.Array, finish: _Finish) -> jax.Array:
-    """Few rows stand behind the outputs, and are turned once they are scaled.
-
-    A transpose right behind the dot would be folded into it: the operands would change places.
-    """
+    """Few rows stand behind the outputs, and are turned once they are scaled."""
     batch = codes.ndim - 2
     rows = x.shape[batch:-1]
     if math.prod(rows) > _FEW_ROWS:
@@ -214,7 +211,8 @@ def _cpu(x: jax.Array, codes: jax.Array, finish: _Finish) -> jax.Array:
         sums = _dot(codes, x, batch)
     behind = tuple(range(batch + 1, batch + 1 + len(rows)))
     values = finish(
-        sums,
+        # A transpose would be folded into the dot, and its operands change places again.
+        lax.optimization_barrier(sums),
         lambda output: jnp.expand_dims(output, behind),
         lambda row: jnp.expand_dims(row, batch),
     )
