@@ -174,8 +174,8 @@ def test_what_is_left_dense_may_be_anything():
 )
 def test_bad_calls(change, error, words):
     call = {"params": PARAMS, "batches": BATCHES, "rules": FORMAT} | change
+    params, batches, rules = (call.pop(name) for name in ("params", "batches", "rules"))
     with pytest.raises(error, match=words):
-        params, batches, rules = (call.pop(name) for name in ("params", "batches", "rules"))
         round_to_nearest(mlp, params, batches, rules, **call)
 
 
