@@ -41,7 +41,9 @@ def activations(
 
     A point is called by the path of the weight that it meets (``#2`` at the weight's second
     product), the operands of a product of data by ``scope/operation/lhs`` and ``rhs``, and inputs
-    of other operations by ``scope/operation/operand``, such as ``ResNet/Block_0/add/1``.
+    of other operations by ``scope/operation/operand``, such as ``ResNet/Block_0/add/1``. A product
+    inside a function with a derivative of its own (``jax.custom_vjp``), which would be lost, is
+    left out unless it is named in full.
 
     Args:
         apply_fn: a function of ``(params, *inputs)``.
