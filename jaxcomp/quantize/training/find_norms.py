@@ -10,7 +10,7 @@ from jaxcomp.model.program import Block, Op, Program, Value, read, wirings
 from jaxcomp.model.uses import Use, find_uses
 
 _LOOPS = frozenset({"scan", "while", "cond", "shard_map"})
-_SAME = frozenset({"convert_element_type", "copy", "reshape", "optimization_barrier"})
+_SAME = frozenset({"convert_element_type", "copy", "reshape", "squeeze", "optimization_barrier"})
 
 
 class Channels(NamedTuple):
@@ -190,7 +190,7 @@ class _Reader:
         if mean.operand != 1:
             raise _Stays("the data are subtracted from its mean")
         self.read_once(centred)
-        axis = _channel_axis(mean)
+        axis = self.channel_axis(mean)
         factor = self.evaluate(op.inputs[operand])
         factor = 1 / _vector(factor, axis) if op.name == "div" else _vector(factor, axis)
         scale, bias, extra = self.after(op, others)
@@ -218,7 +218,7 @@ class _Reader:
                     raise _Stays("more than a constant is added to its variance")
                 epsilon += float(np.ravel(self.evaluate(op.inputs[sides.index(False)]))[0])
                 value = op.inputs[sides.index(True)]
-            elif op.name in _SAME or op.name in ("broadcast_in_dim", "squeeze", "transpose"):
+            elif op.name in _SAME or op.name in ("broadcast_in_dim", "transpose"):
                 value = op.inputs[0]
             else:
                 raise _Stays(f"its variance goes through {op.name}")
@@ -301,6 +301,12 @@ class _Reader:
                 return Channels(use.path, len(shape), axis)
         raise _Stays(f"no axis of {use.path} is the channels")
 
+    def channel_axis(self, mean: Use) -> int:
+        """The axis of the data that the mean has an entry for each index of."""
+        found = mean.axes[self.channels(mean).axis]
+        assert found is not None
+        return found.parts[0].axis
+
     def evaluate(self, value: Value) -> Any:
         """What is computed from leaves alone."""
         value = self.real(value)
@@ -315,14 +321,6 @@ class _Reader:
             raise _Stays(f"its factor goes through {op}")
         results = op.primitive.bind(*map(self.evaluate, op.inputs), **op.params)
         return results[op.outputs.index(value)] if op.primitive.multiple_results else results
-
-
-def _channel_axis(mean: Use) -> int:
-    """The axis of the data that the mean has an entry for each index of."""
-    axes = [found.parts[0].axis for found in mean.axes if found and len(found.parts) == 1]
-    if len(axes) != 1:
-        raise _Stays(f"{mean.path} is not one number a channel")
-    return axes[0]
 
 
 def _vector(values: Any, axis: int) -> np.ndarray:

@@ -2,7 +2,9 @@
 
 import functools
 
+import equinox as eqx
 import flax.linen as nn
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,6 +135,61 @@ def test_nnx():
     assert result.folded == (("norm", "dense/kernel"),)
     assert jax.tree.structure(result.variables) == jax.tree.structure(state)
     np.testing.assert_allclose(apply_fn(result.variables, x), apply_fn(state, x), rtol=1e-4)
+
+
+def haiku_net():
+    """Statistics in a tree of their own, with axes of one position."""
+
+    def net(x, train=False):
+        x = hk.BatchNorm(True, True, 0.9, eps=0.02)(hk.Conv2D(4, 3)(x), is_training=train)
+        return hk.Linear(2)(jax.nn.relu(x))
+
+    model = hk.without_apply_rng(hk.transform_with_state(net))
+    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, True), IMAGES)
+    return lambda v, x: model.apply(*v, x)[0], variables, IMAGES, "0/conv2_d/w"
+
+
+def equinox_net():
+    """Vmapped over examples, each with channels first; a quotient, scale and bias behind it."""
+
+    class Model(eqx.Module):
+        conv: eqx.nn.Conv2d
+        norm: eqx.nn.BatchNorm
+
+        def __init__(self, key):
+            self.conv = eqx.nn.Conv2d(3, 4, 3, key=key)
+            self.norm = eqx.nn.BatchNorm(4, "batch", mode="ema")
+
+        def __call__(self, x, state):
+            y, _ = self.norm(self.conv(x), state, inference=True)
+            return jax.nn.relu(y)
+
+    arrays, static = eqx.partition(eqx.nn.make_with_state(Model)(jax.random.key(0)), eqx.is_array)
+
+    def apply_fn(arrays, x):
+        model, state = eqx.combine(arrays, static)
+        return jax.vmap(lambda x: model(x, state), axis_name="batch")(x)
+
+    return apply_fn, arrays, jnp.moveaxis(IMAGES, -1, 1), "0/conv/weight"
+
+
+@pytest.mark.parametrize("make", [haiku_net, equinox_net])
+def test_other_frameworks(make):
+    apply_fn, variables, x, kernel = make()
+
+    def one(leaf):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return jnp.ones(leaf.shape, leaf.dtype)
+        return jnp.asarray(RNG.uniform(0.3, 2, leaf.shape), leaf.dtype)
+
+    variables = jax.tree.map(one, variables)
+    result = fold_batch_norm(apply_fn, variables, x)
+    assert [path for _, path in result.folded] == [kernel]
+    assert result.kept == ()
+    before, after = apply_fn(variables, x), apply_fn(result.variables, x)
+    np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-4)
+    old, new = (tree_lib.flatten(tree)[kernel] for tree in (variables, result.variables))
+    assert not np.allclose(old, new, rtol=0.01)
 
 
 def same_leaves(a, b):
