@@ -1,6 +1,7 @@
 """Formats of small floats and tables: what is seen is what is packed, and the standards' scales."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +110,7 @@ def test_sign_symmetry_scale_equivariance_and_order(seed, power):
         if name != "nf4":
             np.testing.assert_array_equal(both(name)(-x)[2], -np.asarray(seen))
         if name in ("fp8", "power", "e8m0"):
-            assert np.all(np.diff(np.asarray(seen), axis=0) >= 0)
+            assert np.all(np.diff(wide(seen), axis=0) >= 0)
 
 
 @given(st.integers(0, 2**32 - 1))
@@ -211,7 +212,7 @@ def test_stacked_layers():
     for format in (mxfp4(), Format(4, granularity=PerBlock((8, 3)))):
         leaf = encode(x, format)
         assert same_bits(jax.lax.scan(lambda c, w: (c, w.decode()), 0, leaf)[1], leaf.decode())
-    leaf = jax.vmap(lambda x: encode(x, nvfp4()))(x)
+    leaf: Any = jax.vmap(lambda x: encode(x, nvfp4()))(x)
     assert leaf.tensor_scale.shape == (3, 1, 1, 1)
     alone = np.stack([encode(layer, nvfp4()).decode() for layer in x])
     assert same_bits(leaf.decode(), alone)
