@@ -121,14 +121,14 @@ def gptq_in_float64(layer: Layer, format: Format, order: bool = True) -> np.ndar
     scale, zero_point, _ = spread_scales(found, layer.weight.shape, format)
     scale = np.asarray(scale, np.float64)
     low, high = format.code_range
-    zero = 0 if zero_point is None else np.asarray(zero_point, np.float64)
+    zero = np.zeros_like(scale) if zero_point is None else np.asarray(zero_point, np.float64)
     w, h = layer.weight.astype(np.float64), layer.moment.astype(np.float64)
     inverse = np.linalg.inv(h + DAMPING * np.mean(np.diag(h)) * np.eye(len(h)))
     walk = np.argsort(-np.diag(h), kind="stable") if order else np.arange(len(h))
     values = np.zeros_like(w)
     for i in walk:
-        z = zero if zero_point is None else zero[i]
-        values[i] = (np.clip(np.round(w[i] / scale[i]) + z, low, high) - z) * scale[i]
+        codes = np.clip(np.round(w[i] / scale[i]) + zero[i], low, high)
+        values[i] = (codes - zero[i]) * scale[i]
         w -= np.outer(inverse[:, i], (w[i] - values[i]) / inverse[i, i])
         inverse -= np.outer(inverse[:, i], inverse[i]) / inverse[i, i]
         inverse[i, :] = inverse[:, i] = 0
@@ -209,23 +209,20 @@ def relative_error(layer: Layer, values: np.ndarray, moment: np.ndarray) -> floa
     return float(np.sum(change * (moment @ change)) / np.sum(weight * (moment @ weight)))
 
 
-def compare(layers: list[Layer], format: Format) -> dict[str, list[tuple[float, float]] | str]:
+def compare(layers: list[Layer], format: Format) -> dict[str, Any]:
     """By method, each layer's errors on the calibration and the held-out inputs, or why not."""
-    found: dict[str, list[tuple[float, float]] | str] = {}
+    found: dict[str, Any] = {}
     for name, method in METHODS.items():
         try:
             values = [method(layer, format) for layer in layers]
         except ImportError as error:
             found[name] = f"not installed: {error.name}"
             continue
-        found[name] = (
-            "no such format"
-            if values[0] is None
-            else [
-                (relative_error(layer, x, layer.moment), relative_error(layer, x, layer.held))
-                for layer, x in zip(layers, values, strict=True)
-            ]
-        )
+        found[name] = [
+            (relative_error(layer, x, layer.moment), relative_error(layer, x, layer.held))
+            for layer, x in zip(layers, values, strict=True)
+            if x is not None
+        ] or "no such format"
     return found
 
 
