@@ -14,6 +14,7 @@ from jaxcomp.arrays.blocks import split_shape, wide_scale
 from jaxcomp.kernels.int8 import Int8Weight, int8_weight
 from jaxcomp.model.program import Op
 from jaxcomp.quantize.integer.operands import Step, relayout
+from jaxcomp.sharding import automatic
 
 # Scales that change more often than this along the inputs cost more than the product.
 _LEAST_GROUP = 8
@@ -146,7 +147,9 @@ def prepare(leaf: QuantizedArray, layout: Layout, scaling: Scaling) -> Int8Weigh
         Codes of ``(*stack, *batch, out, in)``, ``(…, groups, out, size)`` or, for convolutions,
         ``(*stack, out, *window, channels)``, with scales, zero points and sums.
     """
-    return _prepare(leaf, jnp.asarray(scaling.places), layout=layout, size=scaling.size)
+    # Where mesh axes are explicit the result is replicated: its axes are no longer the leaf's.
+    run = automatic(partial(_prepare, layout=layout, size=scaling.size))
+    return run(leaf, jnp.asarray(scaling.places))
 
 
 @partial(jax.jit, static_argnames=("layout", "size"))

@@ -192,9 +192,21 @@ def test_transformations_leave_it_as_it_is(network):
     np.testing.assert_allclose(both, jnp.stack([plain, plain]), atol=1e-5)
 
 
-@pytest.mark.parametrize("split", [("data", "model")])
-def test_it_runs_sharded(network, split):
-    params, x = network
+def test_it_runs_where_mesh_axes_are_explicit():
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    w, x = jax.random.normal(jax.random.key(0), (16, 8)), jnp.ones((4, 16))
+    apply_fn = lambda w, x: x @ w
+    alone = integer_apply(apply_fn, encode(w, Format(8)), x)
+    place = lambda a, *axes: jax.device_put(a, NamedSharding(mesh, PartitionSpec(*axes)))
+    leaf, x = encode(place(w, None, "model"), Format(8)), place(x, "data", None)
+    model = integer_apply(apply_fn, leaf, x)
+    ours = model.apply(model.params, x)
+    assert jax.typeof(ours).sharding.spec == PartitionSpec("data", None)
+    np.testing.assert_allclose(ours, alone.apply(alone.params, jnp.ones((4, 16))), rtol=1e-6)
+
+
+def test_it_runs_sharded(network):
+    split, (params, x) = ("data", "model"), network
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     model = integer_apply(mlp, params, x)
     expected = model.apply(model.params, x)
