@@ -12,8 +12,8 @@ text's embedding with float32's; it tells methods apart long before recall does.
 All kernels that are multiplied with the inputs are rounded, in affine groups of 64 with scales of
 16 bits; embeddings, biases and norms stay float32 but in the rows that say so. Methods that need
 data see texts of other modules of the library than those that are evaluated, drawn anew with each
-seed. Such a row is the mean over the seeds, and what is behind ± their standard deviation; GPTQ
-with other rules is run with the first seed alone.
+seed. Rows with a ± are means over the seeds, and what is behind it is their standard deviation; the
+others of these methods are of the first seed.
 
 Python's version decides which functions there are: compare rows of one run.
 """
@@ -39,14 +39,14 @@ from threshold import cpu_model
 
 from jaxcomp import decode, nbytes, quantize
 from jaxcomp import tree as tree_lib
-from jaxcomp.quantize import Format, PerGroup
+from jaxcomp.quantize import Format, MeanSquare, PerGroup
 
 GROUP = 64
 LENGTH = 16  # tokens of each calibration text
 FORMAT = Format(4, symmetric=False, granularity=PerGroup(GROUP), scale_dtype="float16")
 KERNELS, TABLE = "*/kernel", "word/embedding"
 NEAREST = "round to nearest"
-ALLOCATED = (4, 3)  # widths at which bits are also given where they are needed
+AIMED_AT = (4, 3)  # widths with targets: run with every seed, and with other rules
 Batches = list[np.ndarray]
 
 
@@ -180,8 +180,10 @@ def rows(
     """Every method at every width, and what else GPTQ's rules can say."""
     batches = {seed: task.calibration(seed) for seed in seeds}
     known = methods(task, at_once)
-    extra = [bits for bits in widths if bits in ALLOCATED]
-    bar = progress.add_task("MiniLM", total=len(widths) * len(known) + 2 * len(extra))
+    last, table = known[-1], dataclasses.replace(FORMAT, bits=4)
+    aimed_at = [bits for bits in widths if bits in AIMED_AT]
+    total = len(widths) * (len(known) + 1) + 2 * len(aimed_at)
+    bar = progress.add_task("MiniLM", total=total)
     found = []
 
     def add(name: str, bits: int, method: Method, rules: Any, drawn: Sequence[int]) -> None:
@@ -189,27 +191,27 @@ def rows(
         found.append(measured(task, name, bits, made))
         progress.advance(bar)
 
-    first = batches[seeds[0]]
-    table = dataclasses.replace(FORMAT, bits=4)
     for bits in widths:
-        uniform = {KERNELS: dataclasses.replace(FORMAT, bits=bits)}
+        format = dataclasses.replace(FORMAT, bits=bits)
         for method in known:
-            add(method.name, bits, method, uniform, seeds if method.needs_data else seeds[:1])
-        if bits in extra:
-            last = known[-1]
-            rules = allocated(task, first, found[-1].stored)
+            several = method.needs_data and bits in aimed_at
+            add(method.name, bits, method, {KERNELS: format}, seeds if several else seeds[:1])
+        closer = dataclasses.replace(format, range=MeanSquare())
+        add(f"{last.name}, mean-square range", bits, last, {KERNELS: closer}, seeds[:1])
+        if bits in aimed_at:
+            rules = allocated(task, batches[seeds[0]], found[-1].stored)
             add(f"{last.name}, bits allocated", bits, last, rules, seeds[:1])
             name = f"{last.name}, word embeddings in 4 bits"
-            add(name, bits, last, uniform | {TABLE: table}, seeds[:1])
+            add(name, bits, last, {KERNELS: format, TABLE: table}, seeds[:1])
     return found
 
 
 def allocated(task: Task, batches: Batches, stored: float) -> Any:
-    """Rules of as many stored bits as a uniform format has, on two of the batches."""
+    """Rules of as many stored bits as a uniform format has, on one of the batches."""
     return quantize.allocate(
         task.apply_fn,
         task.params,
-        batches[:2],
+        batches[:1],
         quantize.Budget(bits=stored),
         {KERNELS: FORMAT},
         compare=quantize.mean_square,
