@@ -52,8 +52,7 @@ def _power(walk: Walk, op: Op) -> None:
         if degrees is None:
             walk.degrees[result] = None if power > 0 else {}
         elif np.dtype(result.dtype).kind in "iu" and op.name != "sign":
-            walk.need_none(value, f"{op} rounds")
-            walk.degrees[result] = {}
+            _cut_off(walk, op, f"{op} rounds")
         else:
             walk.put(result, ((s, times(d, power)) for s, d in degrees.items()), op)
 
@@ -307,10 +306,17 @@ def _conv(walk: Walk, op: Op) -> None:
 
 def opaque(walk: Walk, op: Op) -> None:
     """The rule for all others."""
-    for value in op.inputs:
-        walk.need_none(value, f"{op} is not homogeneous")
+    _cut_off(walk, op, f"{op} is not homogeneous")
+
+
+def _cut_off(walk: Walk, op: Op, reason: str) -> None:
+    touched = [degree for v in op.inputs for degree in (walk.of(v) or {}).values() if degree]
+    for degree in touched:
+        walk.need(degree, reason)
     for value in op.outputs:
         walk.degrees[value] = {}
+        if touched:
+            walk.cut(value, reason)
 
 
 def _leading(dim: Dim, groups: int) -> int | None:

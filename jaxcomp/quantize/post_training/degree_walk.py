@@ -125,11 +125,24 @@ class Walk:
     def put(self, value: Value, degrees: Iterable[tuple[Slot | None, Degree]], reason: Any) -> None:
         """Set the degrees of a result; a slot that it does not have needs degree zero."""
         have: dict[Slot, Degree] = {slot: {} for slot in self.slots(value)}
+        refused = False
         for slot, degree in degrees:
             if slot in have:
                 have[slot] = degree
             else:
                 self.need(degree, reason)
+                refused |= any(degree.values())
+        self.degrees[value] = have
+        if refused:
+            self.cut(value, reason)
+
+    def cut(self, value: Value, reason: Any) -> None:
+        """What has degree zero in a result has it for a reason, which those after it may name."""
+        have = self.degrees[value] or {}
+        for slot in self.slots(value):
+            if not have.get(slot):
+                have[slot] = {("cut", id(value), slot): ONE}
+                self.need(have[slot], reason)
         self.degrees[value] = have
 
     def alike(self, op: Any, values: Sequence[Value]) -> dict[Slot, Degree] | None:
