@@ -155,8 +155,9 @@ def test_law_and_gradient(format, range_of):
         bad = np.asarray(run(x.at[3, 2].set(jnp.nan))[1])
         assert np.all(np.isnan(bad[:, 2]))
         assert np.all(np.isfinite(np.delete(bad, 2, axis=1)))
-    zeros = run(jnp.zeros(SHAPE))[1]
-    np.testing.assert_array_equal(np.abs(zeros), 1.0 if not getattr(format, "zero", True) else 0.0)
+    zeros = np.asarray(run(jnp.zeros(SHAPE))[1])
+    assert np.all(np.isfinite(zeros))
+    assert np.all(zeros == 0) or not getattr(format, "zero", True)
 
 
 @pytest.mark.parametrize("range_of", SEARCHED, ids=lambda r: type(r).__name__)
