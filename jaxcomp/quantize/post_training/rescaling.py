@@ -23,7 +23,7 @@ from jaxcomp.model.axes import Flow
 from jaxcomp.model.dims import Dim, find
 from jaxcomp.model.flow import follow
 from jaxcomp.model.matrices import MatrixForm, matrix_form
-from jaxcomp.model.program import Program, read
+from jaxcomp.model.program import Program, read, walk, wirings
 from jaxcomp.model.samples import Unobservable
 from jaxcomp.model.uses import find_uses
 from jaxcomp.quantize.post_training.degree_walk import Degree, Unknown, places
@@ -124,7 +124,15 @@ class Model(NamedTuple):
 def read_model(apply_fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...]) -> Model:
     """Trace a model and follow its axes."""
     program = read(apply_fn, params, *inputs)
-    return Model(apply_fn, params, inputs, program, follow(program))
+    flow = follow(program)
+    for op in walk(program.block):
+        if op.name == "scan":
+            # Turn by turn a loop is at one position of all that it walks along: one axis of layers.
+            (wiring,) = wirings(op)
+            links = [link for link in (*wiring.enter, *wiring.leave) if link.stacked]
+            for link in links[1:]:
+                flow.dims.unite(flow.of(links[0].outer)[0], flow.of(link.outer)[0], str(op))
+    return Model(apply_fn, params, inputs, program, flow)
 
 
 class Space:
