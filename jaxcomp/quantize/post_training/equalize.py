@@ -16,6 +16,7 @@ from jaxcomp import tree as tree_lib
 from jaxcomp.checks import check_amount, check_count, choose
 from jaxcomp.model.matrices import MatrixForm
 from jaxcomp.quantize.post_training import rescaling
+from jaxcomp.quantize.post_training.degree_space import Space, Span, solve
 from jaxcomp.quantize.post_training.degrees import relate
 from jaxcomp.quantize.post_training.rescaling import Direction, Model, Rescaled, RescaledGroup
 from jaxcomp.sharding import automatic
@@ -155,7 +156,7 @@ def _between(
 ) -> Iterator[Direction]:
     """Independent directions of some channels, each between two kernels, the nearest first."""
     degrees = relate(model.program, model.flow, channels)
-    space = rescaling.Space(degrees.relations)
+    space = Space(degrees.relations)
     order = {path: number for number, path in enumerate(forms)}
     kernels = [unknown for unknown in degrees.unknowns if unknown.path in forms]
     kernels.sort(key=lambda unknown: order[unknown.path])
@@ -166,15 +167,15 @@ def _between(
             size = math.prod(atom.size for atom in channels)
             reason = space.causes.get(unknown, "no other kernel makes these channels")
             reasons.setdefault(unknown.path, (size, reason))
-    span = rescaling.Span()
+    span = Span()
     for maker, reader in sorted(
         combinations(free, 2), key=lambda pair: order[pair[1].path] - order[pair[0].path]
     ):
         if any({maker, reader} <= rescaling.narrowed(d, channels) for d in known):
             continue
-        powers = rescaling.solve(space, {maker: -1, reader: 1}, leave)
+        powers = solve(space, {maker: -1, reader: 1}, leave)
         # If the maker can do without the reader, the two only happen to be of one width.
-        if powers is None or rescaling.solve(space, {maker: -1, reader: 0}, leave, set(powers)):
+        if powers is None or solve(space, {maker: -1, reader: 0}, leave, set(powers)):
             continue
         if span.widen(powers):
             yield Direction(channels, powers)

@@ -20,6 +20,7 @@ from jaxcomp.model.matrices import MatrixForm
 from jaxcomp.model.observe import Observed, observe
 from jaxcomp.model.statistics import absmax
 from jaxcomp.quantize.post_training import rescaling
+from jaxcomp.quantize.post_training.degree_space import Space, solve
 from jaxcomp.quantize.post_training.degree_walk import Unknown
 from jaxcomp.quantize.post_training.degrees import relate
 from jaxcomp.quantize.post_training.rescaling import Direction, Model, Rescaled, RescaledGroup
@@ -167,14 +168,14 @@ def _fold(
 ) -> list[Direction | str]:
     """A direction for each place where a kernel reads some channels, or why there is none."""
     degrees = relate(model.program, model.flow, channels)
-    space = rescaling.Space(degrees.relations)
+    space = Space(degrees.relations)
     # What can be folded into a norm leaves all kernels before it as they are.
     leave = sorted(degrees.unknowns, key=lambda unknown: unknown.path not in forms)
     found: list[Direction | str] = []
     for unknown in degrees.unknowns:
         if unknown.path != path or not _reads(unknown, inputs, forms[path]):
             continue
-        powers = rescaling.solve(space, {unknown: 1}, leave)
+        powers = solve(space, {unknown: 1}, leave)
         if powers is None:
             found.append(space.causes.get(unknown, "nothing else can take the scales"))
         else:
