@@ -59,3 +59,15 @@ def test_pruned_after_training(tmp_path, monkeypatch, capsys):
     assert accuracies["60%, by sensitivity"] >= dense - 0.02
     for path in ("Conv_1/kernel", "Dense_0/kernel"):
         assert len(re.findall(f"{path} ", printed)) == 2
+
+
+def test_quantized_while_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    accuracies = load("quantize_aware").main()
+    assert accuracies["3-bit weights"] > 0.88
+    assert accuracies["3-bit weights and activations"] > 0.88
+    printed = capsys.readouterr().out
+    for path in ("Conv_0/kernel", "Conv_1/kernel", "Dense_0/kernel"):
+        assert len(re.findall(f"^{path} .*3 bits, affine", printed, re.MULTILINE)) == 1
+    # 9,968 weights of 3 bits, and what is not quantized.
+    assert (tmp_path / "quantized.jxc").stat().st_size < 9968 * 4 / 5

@@ -86,7 +86,7 @@ def activations(
     _, chosen = trace_points(apply_fn, params, inputs, format, points)
     told = rounded_points(chosen)
     if ranges is not None:
-        ranges = _checked(ranges, told, chosen.left_out)
+        ranges = check_ranges(ranges, told, chosen.left_out)
 
     def perform(point: Point, format: AnyFormat, x: Any, bounds: Any) -> Any:
         del point
@@ -102,10 +102,26 @@ def activations(
     return RoundedFunction(told, chosen.left_out, call)
 
 
-def _checked(
+def check_ranges(
     ranges: Mapping[str, Bounds], points: Mapping[str, RoundedPoint], left_out: Mapping[str, str]
 ) -> dict[str, Bounds]:
-    """The ranges of the points as arrays; raises unless there is one for each."""
+    """The ranges of the points as arrays.
+
+    Args:
+        ranges: as given to :func:`activations`.
+        points: what is rounded.
+        left_out: what is not, and why; ranges of these are not used.
+
+    Returns:
+        By the name of the point.
+
+    Raises:
+        ValueError: a range is missing, of no point, of another shape or not finite.
+
+    Example:
+        >>> check_ranges({}, {}, {})
+        {}
+    """
     for name in ranges:
         if name not in points and name not in left_out:
             raise ValueError(f"ranges: '{name}' is no point; {tree_lib.nearest(name, points)}")

@@ -13,7 +13,7 @@ from jaxcomp.checks import check_function
 from jaxcomp.model import tapped
 from jaxcomp.model.program import Op, Program, holds_tracers, read
 from jaxcomp.quantize.activations.bounds import Bounds
-from jaxcomp.quantize.activations.dynamic import INT8, _checked
+from jaxcomp.quantize.activations.dynamic import INT8, check_ranges
 from jaxcomp.quantize.activations.points import Rules
 from jaxcomp.quantize.formats import AnyFormat
 from jaxcomp.quantize.integer.plan import IntegerProduct, Plan, make_plan
@@ -140,7 +140,7 @@ def integer_apply(
     weights = {
         name: prepare(packed[at.path], at.layout, at.scaling) for name, at in first.products.items()
     }
-    given = {} if ranges is None else _checked(ranges, first.rounded(), first.left)
+    given = {} if ranges is None else check_ranges(ranges, first.rounded(), first.left)
     rest = tree_lib.Leaves((p, leaf) for p, leaf in leaves.items() if p in first.needed)
     ready = IntegerParams(weights, given, rest)
     run = _runner(trace, first, outlines)
