@@ -172,7 +172,7 @@ class Walk:
             self.put(result, rows, reason or op)
 
     def same_places(
-        self, value: Value, result: Value, axis: int, shift: int, step: int = 1
+        self, value: Value, result: Value, axis: int, shift: Any, step: Any = 1
     ) -> Moves:
         """Places on one axis go where the same positions are, ``step`` apart from ``shift`` on."""
         have, new = (self.places(self.flow.of(each)[axis]) for each in (value, result))
@@ -214,7 +214,7 @@ class Walk:
 def moved(slot: Slot, moves: Moves) -> Slot | None:
     """Where a slot goes; None where one of its places does not."""
     new = [moves(axis, i) for axis, i in slot]
-    return None if None in new else tuple(place for place in new if place is not None)
+    return None if None in new else tuple((int(place[0]), place[1]) for place in new if place)
 
 
 def plus(first: Degree, second: Degree) -> Degree:

@@ -142,9 +142,13 @@ def _pairs(
     kept = [
         RescaledGroup(path, size, kept=reason)
         for path, (size, reason) in reasons.items()
-        if not any((path, axis) in moved for axis in forms[path].input_axes)
+        if not any((path, axis) in moved for axis in _read_axes(forms[path]))
     ]
     return directions, kept
+
+
+def _read_axes(form: MatrixForm) -> tuple[int, ...]:
+    return (*form.input_axes, *(form.output_axes if form.inner > 1 else ()))
 
 
 def _between(
@@ -163,7 +167,8 @@ def _between(
     leave = [*kernels, *(unknown for unknown in degrees.unknowns if unknown.path not in forms)]
     free = [unknown for unknown in kernels if unknown not in space.causes]
     for unknown in kernels:
-        if any(axis in forms[unknown.path].input_axes for axis, _ in unknown.slot):
+        # Of a depthwise kernel the channels that it reads are on the axis of those that it makes.
+        if any(axis in _read_axes(forms[unknown.path]) for axis, _ in unknown.slot):
             size = math.prod(atom.size for atom in channels)
             reason = space.causes.get(unknown, "no other kernel makes these channels")
             reasons.setdefault(unknown.path, (size, reason))
