@@ -201,7 +201,7 @@ def rows(
         if bits in aimed_at:
             rules = allocated(task, batches[seeds[0]], found[-1].stored)
             add(f"{last.name}, bits allocated", bits, last, rules, seeds[:1])
-            name = f"{last.name}, word embeddings in 4 bits"
+            name = f"{last.name}, embeddings 4 bits"
             add(name, bits, last, {KERNELS: format, TABLE: table}, seeds[:1])
     return found
 
