@@ -91,6 +91,38 @@ CASES = [
     Case("quantize-now", lambda: quantize.train(Format(4))),
     Case("quantize-later", lambda: quantize.train(Format(8, symmetric=False), begin=3)),
     Case("quantize-groups", lambda: quantize.train(Format(3, False, PerGroup(2, axis=-2)))),
+    Case("quantize-grid", lambda: quantize.train(quantize.GridFormat("nf4", PerGroup(2)))),
+    Case(
+        "quantize-gradually",
+        lambda: quantize.train(Format(4), begin=1, bits={0: 8, 2: 6, 4: 4}),
+    ),
+    Case(
+        "learned-step",
+        lambda: quantize.learned_step(Format(4, granularity=PerTensor())),
+        learns=True,
+    ),
+    Case(
+        "learned-step-later",
+        lambda: quantize.learned_step(Format(3, granularity=PerGroup(2)), begin=1, bits={3: 4}),
+        learns=True,
+    ),
+    Case(
+        "learned-clipping",
+        lambda: quantize.learned_clipping(Format(4, granularity=PerTensor()), decay=0.01),
+        learns=True,
+    ),
+    Case(
+        "learned-clipping-later",
+        lambda: quantize.learned_clipping(Format(3), begin=2),
+        learns=True,
+    ),
+    Case("dorefa", lambda: quantize.dorefa(Format(3, zero=False))),
+    Case(
+        "dorefa-binary",
+        lambda: quantize.dorefa(
+            Format(1, zero=False, granularity=PerTensor()), begin=2, bits={4: 2}
+        ),
+    ),
     Case("quantize-tensor", lambda: quantize.train(Format(2, granularity=PerTensor()), begin=2)),
     Case("share-now", lambda: share.train(5), learns=True),
     Case("share-later", lambda: share.train(8, begin=3), learns=True),

@@ -7,6 +7,8 @@ from jaxcomp.arrays.grid import GridArray
 from jaxcomp.arrays.nm_sparse import NMSparseArray
 from jaxcomp.arrays.parts import Parts, Symbols
 from jaxcomp.arrays.quantized import QuantizedArray
+from jaxcomp.arrays.rescaled import RescaledArray
+from jaxcomp.arrays.rotated import RotatedArray
 from jaxcomp.arrays.sparse import SparseArray
 
 __all__ = [
@@ -17,6 +19,8 @@ __all__ = [
     "NMSparseArray",
     "Parts",
     "QuantizedArray",
+    "RescaledArray",
+    "RotatedArray",
     "SparseArray",
     "Symbols",
     "decode",

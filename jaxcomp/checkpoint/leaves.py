@@ -13,31 +13,20 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Shaped
 
-from jaxcomp.arrays import (
-    BlockSparseArray,
-    CodebookArray,
-    CompressedArray,
-    GridArray,
-    NMSparseArray,
-    Parts,
-    QuantizedArray,
-    SparseArray,
-    Symbols,
-)
+from jaxcomp.arrays import CompressedArray, Parts, RescaledArray, RotatedArray, Symbols
+from jaxcomp.arrays.nested import PLAIN_KINDS
 from jaxcomp.checkpoint import coder, raw
 from jaxcomp.checkpoint.container import NAME, TENSOR_DTYPES
 from jaxcomp.checkpoint.errors import CheckpointError
 from jaxcomp.checkpoint.manifest import Path, show
 from jaxcomp.checkpoint.packing import symbol_dtype
 
-# A new kind of leaf is a new line here; files that hold none of it stay readable without it.
+# A new kind of leaf is a new line here, or among those that may lie within another one; files that
+# hold none of it stay readable without it.
 KINDS: dict[str, type[CompressedArray]] = {
-    "quantized": QuantizedArray,
-    "grid": GridArray,
-    "codebook": CodebookArray,
-    "sparse": SparseArray,
-    "nm_sparse": NMSparseArray,
-    "block_sparse": BlockSparseArray,
+    **PLAIN_KINDS,
+    "rescaled": RescaledArray,
+    "rotated": RotatedArray,
 }
 
 TENSOR_BYTES = 4096

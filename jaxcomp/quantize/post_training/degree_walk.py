@@ -19,7 +19,7 @@ from jaxcomp.model.program import Op, Value
 Slot = tuple[tuple[int, int], ...]
 # A linear expression: the coefficient of each unknown.
 Degree = Mapping[Any, Fraction]
-Moves = Callable[[int, int], "tuple[int, int] | None"]
+Moves = Callable[[Any, int], "tuple[int, int] | None"]
 
 ONE = Fraction(1)
 
@@ -172,7 +172,7 @@ class Walk:
             self.put(result, rows, reason or op)
 
     def same_places(
-        self, value: Value, result: Value, axis: int, shift: Any, step: Any = 1
+        self, value: Value, result: Value, axis: Any, shift: Any, step: Any = 1
     ) -> Moves:
         """Places on one axis go where the same positions are, ``step`` apart from ``shift`` on."""
         have, new = (self.places(self.flow.of(each)[axis]) for each in (value, result))
