@@ -214,7 +214,7 @@ def allocated(task: Task, batches: Batches, stored: float) -> Any:
         batches[:1],
         quantize.Budget(bits=stored),
         {KERNELS: FORMAT},
-        compare=quantize.mean_square,
+        compare=quantize.damage.mean_square,
         progress=False,
     ).rules
 

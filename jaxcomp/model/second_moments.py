@@ -59,22 +59,55 @@ def inverse_factor(
         Array([[2.  , 0.  ],
                [0.  , 0.76]], dtype=float32)
     """
-    moment = second_moment.astype(jnp.float32)
-    size = len(moment)
-    identity = jnp.eye(size, dtype=jnp.float32)
-    mean = jnp.mean(jnp.diagonal(moment))
-    goal = moment / jnp.where(mean > 0, mean, 1) + jnp.asarray(damping, jnp.float32) * identity
-    spread = jnp.sqrt(jnp.diagonal(goal))
-    # What never occurs takes nothing over.
-    spread = jnp.where(spread > _NEVER, spread, _NEVER)
-    correlation = (goal / spread[:, None] / spread).at[jnp.diag_indices(size)].set(1)
-    lower = _cholesky(correlation[::-1, ::-1])
+    _, correlation, spread = normalized(second_moment, damping)
+    lower = unit_factor(correlation[::-1, ::-1])
+    identity = jnp.eye(len(spread), dtype=jnp.float32)
     inverse = jax.scipy.linalg.solve_triangular(lower[::-1, ::-1], identity, lower=False)
     return jnp.triu(inverse) / spread
 
 
-def _cholesky(matrix: Array) -> Array:
-    """The lower factor of a matrix of unit diagonal, with as much added to that as it takes."""
+def normalized(
+    second_moment: Float[Any, "features features"], damping: Any
+) -> tuple[Array, Array, Array]:
+    """H in a scale of its own, and how its features correlate.
+
+    Args:
+        second_moment: H.
+        damping: what is added to it, in means of its diagonal.
+
+    Returns:
+        H over the mean of its diagonal; that with the damping, each feature over its own spread, so
+        that the diagonal is 1; these spreads. float32.
+
+    Example:
+        >>> normalized(jnp.diag(jnp.array([1.0, 7.0])), 0.0)[2]
+        Array([0.5      , 1.3228756], dtype=float32)
+    """
+    moment = second_moment.astype(jnp.float32)
+    mean = jnp.mean(jnp.diagonal(moment))
+    moment = moment / jnp.where(mean > 0, mean, 1)
+    goal = moment + jnp.asarray(damping, jnp.float32) * jnp.eye(len(moment), dtype=jnp.float32)
+    spread = jnp.sqrt(jnp.diagonal(goal))
+    # What never occurs goes first, and takes nothing over.
+    spread = jnp.where(spread > _NEVER, spread, _NEVER)
+    correlation = goal / spread[:, None] / spread
+    return moment, correlation.at[jnp.diag_indices(len(moment))].set(1), spread
+
+
+def unit_factor(matrix: Float[Any, "features features"]) -> Float[Array, "features features"]:
+    """The lower factor of a matrix of unit diagonal, with as much added to that as it takes.
+
+    Args:
+        matrix: positive semidefinite, as far as rounding let it be.
+
+    Returns:
+        float32, lower triangular; NaN of a matrix that holds NaN.
+
+    Example:
+        >>> unit_factor(jnp.ones((2, 2))).round(2)
+        Array([[1., 0.],
+               [1., 0.]], dtype=float32)
+    """
     size = len(matrix)
     least = jnp.float32(size * float(jnp.finfo(jnp.float32).eps))
 

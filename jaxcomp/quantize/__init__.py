@@ -13,20 +13,21 @@ from jaxcomp.quantize.formats import (
     PerGroup,
     PerTensor,
 )
-from jaxcomp.quantize.forms import floor_form, round_form
+from jaxcomp.quantize.forms import FloorForm, RoundForm, floor_form, round_form
 from jaxcomp.quantize.integer.applied import Integer, integer_apply
 from jaxcomp.quantize.named import binary, fp8, mxfp4, mxfp8, nf4, nvfp4, power_of_two, ternary
 from jaxcomp.quantize.post_training.adaround import adaround
-from jaxcomp.quantize.post_training.allocate import Allocation, Budget, allocate
+from jaxcomp.quantize.post_training.allocation import damage
+from jaxcomp.quantize.post_training.allocation.allocate import Allocation, Budget, allocate
 from jaxcomp.quantize.post_training.awq import awq
 from jaxcomp.quantize.post_training.bias_correction import Corrected, correct_bias
-from jaxcomp.quantize.post_training.equalize import equalize
 from jaxcomp.quantize.post_training.gptq import gptq
 from jaxcomp.quantize.post_training.hqq import hqq
-from jaxcomp.quantize.post_training.rescaling import Rescaled
+from jaxcomp.quantize.post_training.rescaling.equalize import equalize
+from jaxcomp.quantize.post_training.rescaling.rescaler import Rescaled
+from jaxcomp.quantize.post_training.rescaling.smooth import smooth
 from jaxcomp.quantize.post_training.rotate import rotate
 from jaxcomp.quantize.post_training.round_to_nearest import round_to_nearest
-from jaxcomp.quantize.post_training.smooth import smooth
 from jaxcomp.quantize.post_training.walk import Quantized
 from jaxcomp.quantize.ranges import AbsMax, Entropy, HalfQuadratic, MeanSquare, Percentile
 from jaxcomp.quantize.training.batch_norm import Folded, fold_batch_norm, freeze_batch_norm
@@ -43,6 +44,7 @@ __all__ = [
     "Budget",
     "Corrected",
     "Entropy",
+    "FloorForm",
     "Folded",
     "Format",
     "GridFormat",
@@ -56,12 +58,14 @@ __all__ = [
     "Percentile",
     "Quantized",
     "Rescaled",
+    "RoundForm",
     "activations",
     "adaround",
     "allocate",
     "awq",
     "binary",
     "correct_bias",
+    "damage",
     "dorefa",
     "encode",
     "equalize",

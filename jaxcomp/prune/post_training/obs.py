@@ -20,11 +20,17 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
 from jaxcomp.checks import check_amount, check_count
+from jaxcomp.model.second_moments import (
+    dot,
+    inverse_factor,
+    normalized,
+    output_errors,
+    unit_factor,
+)
 from jaxcomp.prune.structures import Element
 
 # Ways to say that the weights of each output compete among themselves.
 PER_OUTPUT = tuple(Element(within) for within in (-1, 1, (-1,), (1,)))
-_NEVER = 1e-15  # the spread of a feature that never occurs, for one of the others
 _REFINEMENTS = 3
 _BATCH_ELEMENTS = 1 << 24  # of the systems that are solved at once
 
@@ -85,13 +91,13 @@ def repair(
 @jax.jit
 def _repair(weight: Array, second_moment: Array, mask: Array, damping: Any) -> Array:
     features, outputs = weight.shape
-    moment, correlation, spread = _normalized(second_moment, damping)
+    moment, correlation, spread = normalized(second_moment, damping)
 
     def solve(column: Any) -> Array:
         values, kept = column
         kept = kept.astype(jnp.float32)
         system = kept[:, None] * correlation * kept + jnp.diag(1 - kept)
-        factor = _cholesky(system)
+        factor = unit_factor(system)
         wanted = kept * dot(moment, (1 - kept) * values) / spread
         change = jnp.zeros_like(values)
         # The factor is that of a matrix with a little more on its diagonal; each refinement takes
@@ -214,72 +220,7 @@ def output_error(
         Array(2., dtype=float32)
     """
     change = weight.astype(jnp.float32) - new_weight.astype(jnp.float32)
-    moved = jnp.matmul(second_moment.astype(jnp.float32), change, precision=lax.Precision.HIGHEST)
-    return jnp.maximum(jnp.sum(change * moved), 0)
-
-
-def inverse_factor(moment: Array, damping: Any) -> Array:
-    """Upper triangular U with UᵀU = (H + damping)⁻¹, H scaled to a mean diagonal of 1.
-
-    H turned end to end has a lower factor whose turned inverse is U: one factorization, where
-    inverting H first would square the condition.
-
-    Args:
-        moment: H.
-        damping: in means of the diagonal of H.
-
-    Returns:
-        float32.
-
-    Example:
-        >>> inverse_factor(jnp.diag(jnp.array([1.0, 7.0])), 0.0).round(2)
-        Array([[2.  , 0.  ],
-               [0.  , 0.76]], dtype=float32)
-    """
-    _, correlation, spread = _normalized(moment, damping)
-    lower = _cholesky(correlation[::-1, ::-1])
-    identity = jnp.eye(len(moment), dtype=jnp.float32)
-    inverse = jax.scipy.linalg.solve_triangular(lower[::-1, ::-1], identity, lower=False)
-    return jnp.triu(inverse) / spread
-
-
-def _normalized(moment: Array, damping: Any) -> tuple[Array, Array, Array]:
-    """H over its mean diagonal; that and the damping over each feature's own spread; these."""
-    moment = moment.astype(jnp.float32)
-    mean = jnp.mean(jnp.diagonal(moment))
-    moment = moment / jnp.where(mean > 0, mean, 1)
-    goal = moment + jnp.asarray(damping, jnp.float32) * jnp.eye(len(moment), dtype=jnp.float32)
-    spread = jnp.sqrt(jnp.diagonal(goal))
-    # What never occurs goes first, and takes nothing over.
-    spread = jnp.where(spread > _NEVER, spread, _NEVER)
-    correlation = goal / spread[:, None] / spread
-    return moment, correlation.at[jnp.diag_indices(len(moment))].set(1), spread
-
-
-def _cholesky(matrix: Array) -> Array:
-    """The lower factor of a matrix of unit diagonal, with as much added to that as it takes."""
-    size = len(matrix)
-    least = jnp.float32(size * float(jnp.finfo(jnp.float32).eps))
-
-    def factor(state: tuple[Array, Array]) -> tuple[Array, Array]:
-        added = jnp.where(state[0] == 0, least, 10 * state[0])
-        return added, jnp.linalg.cholesky(matrix + added * jnp.eye(size, dtype=jnp.float32))
-
-    # No more than the trace is ever needed, whatever rounding did; of NaN nothing would help.
-    def failed(state: tuple[Array, Array]) -> Array:
-        return ~jnp.all(jnp.isfinite(state[1])) & (state[0] < 10 * size)
-
-    return lax.while_loop(failed, factor, (jnp.float32(0), jnp.full_like(matrix, jnp.nan)))[1]
-
-
-def dot(a: Array, b: Array) -> Array:
-    """A matrix product in full float32, on backends too that would round the factors.
-
-    Example:
-        >>> dot(jnp.ones((1, 2)), jnp.ones((2, 1)))
-        Array([[2.]], dtype=float32)
-    """
-    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+    return jnp.sum(output_errors(change, second_moment))
 
 
 def check_matrix(weight: Any, second_moment: Any, damping: Any = 0.0) -> None:

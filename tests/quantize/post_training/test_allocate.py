@@ -17,8 +17,8 @@ from jaxcomp import arrays, partition, tree
 from jaxcomp.checkpoint import CheckpointError
 from jaxcomp.quantize.affine import encode
 from jaxcomp.quantize.formats import Format, PerChannel, PerGroup
-from jaxcomp.quantize.post_training.allocate import Budget, allocate
-from jaxcomp.quantize.post_training.damage import increase, kl_divergence, mean_square
+from jaxcomp.quantize.post_training.allocation.allocate import Budget, allocate
+from jaxcomp.quantize.post_training.allocation.damage import increase, kl_divergence, mean_square
 from jaxcomp.quantize.post_training.round_to_nearest import round_to_nearest
 from jaxcomp.quantize.training.straight_through import train
 

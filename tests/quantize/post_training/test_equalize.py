@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcomp import tree as tree_lib
 from jaxcomp.quantize.formats import Format, PerTensor
-from jaxcomp.quantize.post_training.equalize import equalize
+from jaxcomp.quantize.post_training.rescaling.equalize import equalize
 from jaxcomp.quantize.post_training.round_to_nearest import round_to_nearest
 from tests.model.cutting import difference
 from tests.model.networks import networks

@@ -9,8 +9,8 @@ import scipy.optimize
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from jaxcomp.quantize.post_training import knapsack
-from jaxcomp.quantize.post_training.knapsack import Options, front, solve
+from jaxcomp.quantize.post_training.allocation import knapsack
+from jaxcomp.quantize.post_training.allocation.knapsack import Options, front, solve
 
 DAMAGES = st.one_of(
     st.floats(-10, 10),

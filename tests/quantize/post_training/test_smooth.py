@@ -10,7 +10,7 @@ from flax import nnx
 from jaxcomp import tree as tree_lib
 from jaxcomp.model import tapped
 from jaxcomp.model.program import read, walk
-from jaxcomp.quantize.post_training.smooth import smooth
+from jaxcomp.quantize.post_training.rescaling.smooth import smooth
 from tests.model.cutting import difference
 from tests.model.zoo import ZOO
 

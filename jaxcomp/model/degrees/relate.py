@@ -17,10 +17,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jaxcomp.model.axes import Flow
-from jaxcomp.model.dims import Dim, find
-from jaxcomp.model.program import Block, Op, Program, Value, Wiring, wirings
-from jaxcomp.quantize.post_training.degree_rules import RULES, opaque
-from jaxcomp.quantize.post_training.degree_walk import (
+from jaxcomp.model.degrees.rules import RULES, opaque
+from jaxcomp.model.degrees.walk import (
     ONE,
     Degree,
     Relation,
@@ -29,6 +27,8 @@ from jaxcomp.quantize.post_training.degree_walk import (
     Walk,
     minus,
 )
+from jaxcomp.model.dims import Dim, find
+from jaxcomp.model.program import Block, Op, Program, Value, Wiring, wirings
 
 
 class Degrees(NamedTuple):

@@ -4,7 +4,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-from jaxcomp.quantize.post_training.degree_walk import Degree, Unknown
+from jaxcomp.model.degrees.walk import Degree, Unknown
 
 
 class Space:

@@ -14,16 +14,21 @@ from jaxtyping import Array
 from jaxcomp import tree as tree_lib
 from jaxcomp.checks import choose, is_number
 from jaxcomp.model.batches import peek, spread
+from jaxcomp.model.degrees.relate import relate
+from jaxcomp.model.degrees.space import Space, solve
+from jaxcomp.model.degrees.walk import Unknown
 from jaxcomp.model.dims import Dim
 from jaxcomp.model.layerwise import uses_of
 from jaxcomp.model.matrices import MatrixForm
 from jaxcomp.model.observe import Observed, observe
 from jaxcomp.model.statistics import absmax
-from jaxcomp.quantize.post_training import rescaling
-from jaxcomp.quantize.post_training.degree_space import Space, solve
-from jaxcomp.quantize.post_training.degree_walk import Unknown
-from jaxcomp.quantize.post_training.degrees import relate
-from jaxcomp.quantize.post_training.rescaling import Direction, Model, Rescaled, RescaledGroup
+from jaxcomp.quantize.post_training.rescaling import rescaler
+from jaxcomp.quantize.post_training.rescaling.rescaler import (
+    Direction,
+    Model,
+    Rescaled,
+    RescaledGroup,
+)
 from jaxcomp.sharding import automatic
 
 
@@ -101,14 +106,14 @@ def smooth(
         raise ValueError(f"strength must be a number from 0 to 1, not {strength!r:.60}")
     weights = choose(params, paths)
     first, batches = peek(batches)
-    model = rescaling.read_model(apply_fn, params, spread(first))
-    forms, kept = rescaling.forms_of(model, weights)
+    model = rescaler.read_model(apply_fn, params, spread(first))
+    forms, kept = rescaler.forms_of(model, weights)
     directions, fixed = _foldable(model, forms)
     kept += fixed
     if not directions:
         return Rescaled(params, tuple(kept))
-    rescale = rescaling.rescaler(model, directions)
-    failed = rescaling.broken(model, directions, rescale)
+    rescale = rescaler.rescaler(model, directions)
+    failed = rescaler.broken(model, directions, rescale)
     readers = [_readers(model, direction, forms) for direction in directions]
     patterns = [glob.escape(path) for path in forms]
     found = observe(apply_fn, params, batches, absmax(), paths=patterns, progress=progress)
@@ -144,9 +149,9 @@ def _foldable(
             kept.append(RescaledGroup(path, form.inner * form.features, kept=reason))
             continue
         inputs = {axis for axis in form.input_axes if axis not in form.kernel_axes}
-        for bundle in rescaling.bundles(model, path, (*form.outer_axes, *sorted(inputs))):
+        for bundle in rescaler.bundles(model, path, (*form.outer_axes, *sorted(inputs))):
             reasons = []
-            for channels in rescaling.narrower(bundle):
+            for channels in rescaler.narrower(bundle):
                 found = _fold(model, path, inputs, channels, forms)
                 new = [one for one in found if isinstance(one, Direction)]
                 directions += [one for one in new if not _known(one, path, inputs, directions)]
@@ -212,7 +217,7 @@ def _readers(
         form = forms.get(unknown.path)
         if form is None or power <= 0 or not _reads(unknown, set(form.input_axes), form):
             continue
-        axes, index = rescaling.units(model, direction.channels, unknown)
+        axes, index = rescaler.units(model, direction.channels, unknown)
         readers.append(_Reader(unknown.path, float(power), axes, index))
     return tuple(readers)
 
@@ -242,7 +247,7 @@ def _scales(
 
     def most(arrays: Sequence[Array]) -> Array:
         pairs = zip(readers, arrays, strict=True)
-        each = [rescaling.largest(x, reader.axes, reader.channel, size) for reader, x in pairs]
+        each = [rescaler.largest(x, reader.axes, reader.channel, size) for reader, x in pairs]
         return jnp.max(jnp.stack(each), 0)
 
     x, w = most(inputs), most(kernels)
@@ -250,4 +255,4 @@ def _scales(
     x, w = jnp.where(good, x, 1), jnp.where(good, w, 1)
     scale = x**strength / w ** (1 - strength)
     seen = jnp.where(good, x, 0)
-    return scale, rescaling.spread([seen]), rescaling.spread([seen / scale])
+    return scale, rescaler.spread([seen]), rescaler.spread([seen / scale])

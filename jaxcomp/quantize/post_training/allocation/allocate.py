@@ -17,9 +17,9 @@ from jaxcomp.checks import check_count, is_number
 from jaxcomp.model.batches import peek, rereadable, spread
 from jaxcomp.quantize.affine import fake_quant
 from jaxcomp.quantize.formats import AnyFormat, Format
-from jaxcomp.quantize.post_training import knapsack
-from jaxcomp.quantize.post_training.damage import kl_divergence
-from jaxcomp.quantize.post_training.sensitivity import (
+from jaxcomp.quantize.post_training.allocation import knapsack
+from jaxcomp.quantize.post_training.allocation.damage import kl_divergence
+from jaxcomp.quantize.post_training.allocation.sensitivity import (
     LeafSensitivity,
     Program,
     describe_call,

@@ -1,7 +1,7 @@
 """Rescalings of channels that keep the function: found by proof, tried on numbers, applied.
 
 A :class:`Direction` says by which power of a channel's scale each leaf is multiplied. What
-:mod:`~jaxcomp.quantize.post_training.degrees` relates leaves a space of them; one is picked by what
+:mod:`~jaxcomp.model.degrees.relate` relates leaves a space of them; one is picked by what
 it must do (a kernel's inputs times ``s``) and by what it had better leave alone.
 """
 
@@ -20,13 +20,13 @@ from jaxtyping import Array
 from jaxcomp import columns
 from jaxcomp import tree as tree_lib
 from jaxcomp.model.axes import Flow
+from jaxcomp.model.degrees.walk import Unknown, places
 from jaxcomp.model.dims import Dim, find
 from jaxcomp.model.flow import follow
 from jaxcomp.model.matrices import MatrixForm, matrix_form
 from jaxcomp.model.program import Program, read, walk, wirings
 from jaxcomp.model.samples import Unobservable
 from jaxcomp.model.uses import find_uses
-from jaxcomp.quantize.post_training.degree_walk import Unknown, places
 from jaxcomp.sharding import automatic, spec_like
 
 _MOST_BUNDLES = 64

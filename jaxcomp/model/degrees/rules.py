@@ -10,9 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxcomp.model.dims import Dim, atoms, factors
-from jaxcomp.model.program import Op, Value
-from jaxcomp.quantize.post_training.degree_walk import (
+from jaxcomp.model.degrees.walk import (
     ONE,
     Degree,
     Moves,
@@ -23,6 +21,8 @@ from jaxcomp.quantize.post_training.degree_walk import (
     plus,
     times,
 )
+from jaxcomp.model.dims import Dim, atoms, factors
+from jaxcomp.model.program import Op, Value
 
 _POWERS: dict[str, Fraction] = {
     **dict.fromkeys(

@@ -14,11 +14,16 @@ from jaxtyping import Array
 
 from jaxcomp import tree as tree_lib
 from jaxcomp.checks import check_amount, check_count, choose
+from jaxcomp.model.degrees.relate import relate
+from jaxcomp.model.degrees.space import Space, Span, solve
 from jaxcomp.model.matrices import MatrixForm
-from jaxcomp.quantize.post_training import rescaling
-from jaxcomp.quantize.post_training.degree_space import Space, Span, solve
-from jaxcomp.quantize.post_training.degrees import relate
-from jaxcomp.quantize.post_training.rescaling import Direction, Model, Rescaled, RescaledGroup
+from jaxcomp.quantize.post_training.rescaling import rescaler
+from jaxcomp.quantize.post_training.rescaling.rescaler import (
+    Direction,
+    Model,
+    Rescaled,
+    RescaledGroup,
+)
 from jaxcomp.sharding import automatic
 
 
@@ -27,7 +32,7 @@ class _Pair(NamedTuple):
 
     Attributes:
         size: how many channels.
-        slots: path, power, axes and index (see :func:`~.rescaling.units`) of each kernel.
+        slots: path, power, axes and index (see :func:`~.rescaler.units`) of each kernel.
     """
 
     size: int
@@ -89,14 +94,14 @@ def equalize(
     check_count("most_rounds", most_rounds)
     check_amount("tolerance", tolerance)
     weights = choose(params, paths)
-    model = rescaling.read_model(apply_fn, params, inputs)
-    forms, kept = rescaling.forms_of(model, weights)
+    model = rescaler.read_model(apply_fn, params, inputs)
+    forms, kept = rescaler.forms_of(model, weights)
     directions, fixed = _pairs(model, forms)
     kept += fixed
     if not directions:
         return Rescaled(params, tuple(kept))
-    rescale = rescaling.rescaler(model, directions)
-    failed = rescaling.broken(model, directions, rescale)
+    rescale = rescaler.rescaler(model, directions)
+    failed = rescaler.broken(model, directions, rescale)
     good = [number for number in range(len(directions)) if number not in failed]
     kept += [_refused(directions[number], reason) for number, reason in failed.items()]
     pairs = [_pair(model, directions[number], forms) for number in good]
@@ -130,8 +135,8 @@ def _pairs(
     for path, form in forms.items():
         inputs = [axis for axis in form.input_axes if axis not in form.kernel_axes]
         for axes in (inputs, form.output_axes):
-            for bundle in rescaling.bundles(model, path, (*form.outer_axes, *axes)):
-                for channels in rescaling.narrower(bundle):
+            for bundle in rescaler.bundles(model, path, (*form.outer_axes, *axes)):
+                for channels in rescaler.narrower(bundle):
                     tried.setdefault(frozenset(channels), channels)
     directions: list[Direction] = []
     reasons: dict[str, tuple[int, str]] = {}
@@ -176,7 +181,7 @@ def _between(
     for maker, reader in sorted(
         combinations(free, 2), key=lambda pair: order[pair[1].path] - order[pair[0].path]
     ):
-        if any({maker, reader} <= rescaling.narrowed(d, channels) for d in known):
+        if any({maker, reader} <= rescaler.narrowed(d, channels) for d in known):
             continue
         powers = solve(space, {maker: -1, reader: 1}, leave)
         # If the maker can do without the reader, the two only happen to be of one width.
@@ -190,14 +195,14 @@ def _pair(model: Model, direction: Direction, forms: dict[str, MatrixForm]) -> _
     slots = []
     for unknown, power in direction.powers.items():
         if unknown.path in forms:
-            axes, index = rescaling.units(model, direction.channels, unknown)
+            axes, index = rescaler.units(model, direction.channels, unknown)
             slots.append((unknown.path, float(power), axes, index))
     return _Pair(direction.size, tuple(slots))
 
 
 def _ranges(pair: _Pair, kernels: dict[str, Array], sign: int) -> list[Array]:
     return [
-        rescaling.largest(kernels[path], axes, index, pair.size)
+        rescaler.largest(kernels[path], axes, index, pair.size)
         for path, power, axes, index in pair.slots
         if power * sign > 0
     ]
@@ -210,7 +215,7 @@ def _settle(
 
     def use(kernels: dict[str, Array]) -> list[Array]:
         each = (_ranges(pair, kernels, 1) + _ranges(pair, kernels, -1) for pair in pairs)
-        return [rescaling.spread(ranges) for ranges in each]
+        return [rescaler.spread(ranges) for ranges in each]
 
     def turn(carry: Any) -> Any:
         number, _, kernels, logs = carry
@@ -221,9 +226,7 @@ def _settle(
             ratio = jnp.log(jnp.where(good, made, 1)) - jnp.log(jnp.where(good, seen, 1))
             log = ratio / 2
             for path, power, axes, index in pair.slots:
-                kernels[path] = rescaling.multiplied(
-                    kernels[path], jnp.exp(log), power, axes, index
-                )
+                kernels[path] = rescaler.multiplied(kernels[path], jnp.exp(log), power, axes, index)
             moved.append(log)
         logs = [a + b for a, b in zip(logs, moved, strict=True)]
         most = jnp.max(jnp.stack([jnp.max(jnp.abs(log)) for log in moved]))

@@ -1,6 +1,6 @@
 """What a walk through a program holds of the degrees of its arrays, and what all rules do with it.
 
-See :mod:`~jaxcomp.quantize.post_training.degrees` for what degrees are.
+See :mod:`~jaxcomp.model.degrees.relate` for what degrees are.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

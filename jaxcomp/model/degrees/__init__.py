@@ -1,0 +1,1 @@
+"""By which power of a channel's scale every array of a program moves."""

@@ -1,0 +1,1 @@
+"""Channels rescaled between layers, with the function kept: equalisation and SmoothQuant."""
