@@ -46,6 +46,7 @@ LENGTH = 16  # tokens of each calibration text
 FORMAT = Format(4, symmetric=False, granularity=PerGroup(GROUP), scale_dtype="float16")
 KERNELS, TABLE = "*/kernel", "word/embedding"
 NEAREST = "round to nearest"
+CLOSER = "mean-square range"
 AIMED_AT = (4, 3)  # widths with targets: run with every seed, and with other rules
 Batches = list[np.ndarray]
 
@@ -197,7 +198,8 @@ def rows(
             several = method.needs_data and bits in aimed_at
             add(method.name, bits, method, {KERNELS: format}, seeds if several else seeds[:1])
         closer = dataclasses.replace(format, range=MeanSquare())
-        add(f"{last.name}, mean-square range", bits, last, {KERNELS: closer}, seeds[:1])
+        drawn = seeds if bits in aimed_at else seeds[:1]
+        add(f"{last.name}, {CLOSER}", bits, last, {KERNELS: closer}, drawn)
         if bits in aimed_at:
             rules = allocated(task, batches[seeds[0]], found[-1].stored)
             add(f"{last.name}, bits allocated", bits, last, rules, seeds[:1])
@@ -245,7 +247,7 @@ def verdicts(found: Sequence[Row], dense: Quality) -> list[str]:
     words = []
     plain = {row.bits: row for row in found if row.method == NEAREST}
     for row in found:
-        if row.method not in ("AWQ", "GPTQ"):
+        if row.method not in ("AWQ", "GPTQ", f"GPTQ, {CLOSER}"):
             continue
         cosine, recall = mean_cosine(row), mean_recall(row)
         if row.bits == 4:
