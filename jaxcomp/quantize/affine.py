@@ -12,6 +12,7 @@ from jaxcomp.arrays.bits import pack_bits
 from jaxcomp.arrays.blocks import merge_blocks, split_blocks
 from jaxcomp.arrays.grid import grid_values
 from jaxcomp.arrays.quantized import dequantize
+from jaxcomp.checks import check_key
 from jaxcomp.quantize.checks import check_quantizable, check_scales
 from jaxcomp.quantize.formats import AnyFormat, Format
 from jaxcomp.quantize.ranges import AbsMax
@@ -137,7 +138,7 @@ def encode(
         al., 2018, section 2.1), laid out on explicit mesh axes as ``x`` is.
 
     Raises:
-        TypeError: not a floating array of at most 32 bits.
+        TypeError: not a floating array of at most 32 bits, or ``key`` is no PRNG key.
         ValueError: NaN or infinite values, no elements, or a format that does not fit the shape.
 
     Example:
@@ -147,6 +148,8 @@ def encode(
     """
     check_quantizable("x", x, format)
     check_weight("x", x)
+    if key is not None:
+        check_key(key)
     out = (spec_like(x, x.shape), _scales_spec(x, format))
     run = automatic(lambda x, *key: _quantize_jit(x, format, *key), out=out)
     codes, scales = run(x) if key is None else run(x, key)
@@ -209,8 +212,8 @@ def fake_quant(
         infinite values make everything that shares their scale NaN or infinite.
 
     Raises:
-        TypeError: ``x`` is not a floating array of at most 32 bits; scale or zero point are of
-            another type.
+        TypeError: ``x`` is not a floating array of at most 32 bits; scale, zero point or
+            key are of another type.
         ValueError: no elements; the format does not fit, or scale and zero point do not fit the
             format; a scale that is known is not positive and finite.
 
@@ -225,6 +228,8 @@ def fake_quant(
             raise ValueError("zero_point was given without scale: give both or neither")
     else:
         check_scales(x, format, scale, zero_point)
+    if key is not None:
+        check_key(key)
     # Keys and scales may be absent; what is there is passed, so that it may be sharded.
     given = {"scale": scale, "zero_point": zero_point, "key": key}
     given = {name: value for name, value in given.items() if value is not None}
@@ -246,9 +251,10 @@ def _fake_quant(
     else:
         scales = Scales(jax.lax.stop_gradient(scale), zero_point)
     codes, inside = find_codes(stopped, scales, format, key)
+    values = from_codes(codes, scales, format, x.dtype)
     if scale is None and _holds_all(format):
-        inside = jnp.ones((), bool)
-    return _straight_through(x, from_codes(codes, scales, format, x.dtype), inside)
+        return _with_all(x, values)
+    return _with_inside(x, values, inside)
 
 
 def _holds_all(format: AnyFormat) -> bool:
@@ -260,14 +266,26 @@ _fake_quant_jit = jax.jit(_fake_quant, static_argnums=1)
 
 
 @jax.custom_jvp
-def _straight_through(x: jax.Array, values: jax.Array, inside: jax.Array) -> jax.Array:
+def _with_all(x: jax.Array, values: jax.Array) -> jax.Array:
+    """``values``, with the derivative of ``x``: nothing is kept for the backward pass."""
+    del x
+    return values
+
+
+@_with_all.defjvp
+def _with_all_jvp(primals, tangents):
+    # Its own function again, not only the values: second derivatives are straight through too.
+    return _with_all(*primals), tangents[0]
+
+
+@jax.custom_jvp
+def _with_inside(x: jax.Array, values: jax.Array, inside: jax.Array) -> jax.Array:
     """``values``, with the derivative of ``x`` where ``inside``."""
     del x, inside
     return values
 
 
-@_straight_through.defjvp
-def _straight_through_jvp(primals, tangents):
-    # Its own function again, not only the values: second derivatives are straight through too.
-    values = _straight_through(*primals)
+@_with_inside.defjvp
+def _with_inside_jvp(primals, tangents):
+    values = _with_inside(*primals)
     return values, jnp.where(primals[2], tangents[0], jnp.zeros_like(tangents[0]))

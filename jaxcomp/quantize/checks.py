@@ -122,8 +122,11 @@ def check_scales(x: Any, format: AnyFormat, scale: Any, zero_point: Any) -> None
         wanted = "no zero_point" if symmetric else "a zero_point"
         raise ValueError(f"{format} takes {wanted} beside scale")
     _check_given("scale", scale, jnp.floating, x, format)
-    if not _hidden(scale) and not np.all((np.asarray(scale) > 0) & np.isfinite(scale)):
-        raise ValueError("scale must be positive and finite everywhere: clamp it from below")
+    if not _hidden(scale):
+        # NumPy compares the narrowest floats wrongly.
+        wide = np.asarray(scale).astype(np.float64)
+        if not np.all((wide > 0) & np.isfinite(wide)):
+            raise ValueError("scale must be positive and finite everywhere: clamp it from below")
     if zero_point is None or not isinstance(format, Format):
         return
     _check_given("zero_point", zero_point, jnp.unsignedinteger, x, format)

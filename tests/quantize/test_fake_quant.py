@@ -23,7 +23,15 @@ from quantize_reference import (
 )
 
 import jaxcomp
-from jaxcomp.quantize import Format, PerChannel, PerGroup, PerTensor, encode, fake_quant
+from jaxcomp.quantize import (
+    Format,
+    Percentile,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    encode,
+    fake_quant,
+)
 from jaxcomp.quantize.affine import find_codes, from_codes
 from jaxcomp.quantize.scales import Scales, find_scales
 
@@ -198,6 +206,14 @@ def test_no_gradient_to_the_range():
     x = jnp.array([[1.0, 2.0], [30.0, 4.0]])
     jacobian = jax.jacrev(lambda x: fake_quant(x, Format(3)).ravel())(x).reshape(4, 4)
     np.testing.assert_array_equal(jacobian, np.eye(4))
+
+
+def test_what_is_kept_for_the_backward_pass():
+    """Nothing where no weight is clipped, outside `jit` too."""
+    x = samples(jnp.float32)["normal"]
+    for format, kept in ((Format(4), False), (Format(4, range=Percentile(99)), True)):
+        _, pull = jax.vjp(lambda x, f=format: fake_quant(x, f), x)
+        assert any(jnp.shape(leaf) == x.shape for leaf in jax.tree.leaves(pull)) == kept
 
 
 @pytest.mark.parametrize("given_scale", [False, True])
