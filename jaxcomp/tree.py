@@ -210,6 +210,12 @@ def select(
     if not isinstance(tree, Leaves):
         leaves = Leaves((path, leaf) for path, leaf in leaves.items() if where(path, leaf))
     if not leaves:
+        packed = [path for path, leaf in flatten(tree).items() if is_compressed(leaf)]
+        if packed:
+            raise ValueError(
+                f"there is no weight to compress: {packed[0]} and {len(packed) - 1} other leaves "
+                "are compressed already: give the dense tree, or jaxcomp.decode this one"
+            )
         raise ValueError(
             "there is no weight to compress: the tree has no floating leaf of two or more axes; "
             "name the leaves that are meant with partition({...}, where=...)"

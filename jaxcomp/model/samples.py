@@ -146,7 +146,8 @@ def _conv(use: Use, shape: Sequence[int], patches: bool) -> Samples:
         )
         x = _patches(x, [sizes[axis] for axis in window], params) if patches else x
         where = 1 + len(window)
-        x = x.reshape(*x.shape[:where], groups, -1, *x.shape[where + 1 :])
+        each = x.shape[where] // groups  # not -1, which a batch without examples leaves open
+        x = x.reshape(*x.shape[:where], groups, each, *x.shape[where + 1 :])
         x = jnp.moveaxis(x, where, 0)
         return _arrange(x, 1, x.ndim - where - 1, group_order if shown else None, order)
 

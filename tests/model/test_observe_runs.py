@@ -286,6 +286,14 @@ def test_empty_batches_count_nothing():
     np.testing.assert_array_equal(found["first"], np.ones(4))
     found = observe(mlp, PARAMS, [jnp.zeros((0, 4))], absmax())
     assert set(found.unobserved) == {"first", "second"}
+    image = {"kernel": jnp.ones((3, 3, 2, 4))}
+    run = lambda p, x: jax.lax.conv_general_dilated(
+        x, p["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    found = observe(run, image, [jnp.zeros((0, 5, 5, 2)), jnp.ones((1, 5, 5, 2))], absmax())
+    np.testing.assert_array_equal(found["kernel"], np.ones(2))
+    found = observe(run, image, [jnp.zeros((0, 5, 5, 2))], second_moment())
+    assert set(found.unobserved) == {"kernel"}
 
 
 def test_patterns():

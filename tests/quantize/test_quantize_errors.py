@@ -180,6 +180,24 @@ def test_trees_without_weights():
     for params in ({}, {"bias": jnp.ones(3)}, {"kernel": jnp.ones((2, 2), jnp.int32)}):
         with pytest.raises(ValueError, match="there is no weight to compress"):
             train(Format(4)).init(params)
+    packed = {"kernel": encode(jnp.asarray(X), Format(4)), "bias": jnp.ones(4)}
+    with pytest.raises(ValueError, match=r"no weight to compress: kernel .* compressed already"):
+        train(Format(4)).init(packed)
+
+
+@pytest.mark.parametrize("function", [encode, fake_quant])
+def test_keys(function):
+    with pytest.raises(TypeError, match="key must be one PRNG key"):
+        function(jnp.asarray(X), Format(4), key=0)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn", "float8_e8m0fnu"])
+def test_scales_of_every_stored_dtype_are_looked_at(dtype):
+    format, scale = Format(4, scale_dtype=dtype), jnp.full((1, 4), 0.5, dtype)
+    wide = fake_quant(jnp.asarray(X), Format(4), scale.astype(jnp.float32))
+    np.testing.assert_array_equal(fake_quant(jnp.asarray(X), format, scale), wide)
+    with pytest.raises(ValueError, match="scale must be positive and finite"):
+        fake_quant(jnp.asarray(X), format, jnp.full((1, 4), jnp.nan, dtype))
 
 
 def test_leaves_that_are_chosen_but_cannot_be():
