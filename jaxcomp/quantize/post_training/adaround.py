@@ -51,7 +51,7 @@ def adaround(
         steps: of Adam, for each leaf; 0: single weights only move where that alone helps.
         learning_rate: of Adam.
         penalty: weight of the regularizer that drives weights to their levels, in units of what a
-            step of a weight alone does to its output.
+            step of a weight alone does to its output; 0: as ``steps=0``.
         sequential: whether a pass runs the model with all earlier leaves as they became, or else
             the dense one.
         at_once: leaves a pass over the batches, and second moments held.

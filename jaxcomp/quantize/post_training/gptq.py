@@ -43,9 +43,11 @@ def gptq(
     multiplied by; :func:`~jaxcomp.quantize.post_training.gptq_matrix.gptq_matrix` rounds them.
     Dense layers in any layout, attention kernels, convolutions (grouped too), stacked layers and
     experts are the matrices that :mod:`jaxcomp.model.matrices` makes of them. Scales are those that
-    the format finds for the weights as they were, so any granularity and range will do. An output
-    that no correction helps on the batches is rounded to nearest, as is what no product reads. A
-    weight that is looked up besides (a tied embedding) is solved for its product.
+    the format finds for the weights as they were, so any granularity and range will do: at 2 or 3
+    bits ``range=MeanSquare()``, which clips, loses clearly less than one that holds all weights.
+
+    An output that no correction helps on the batches is rounded to nearest, as is what no product
+    reads. A weight that is looked up besides (a tied embedding) is solved for its product.
 
     Args:
         apply_fn: a function of ``(params, *inputs)``.

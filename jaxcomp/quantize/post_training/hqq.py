@@ -17,7 +17,7 @@ def hqq(
     batches: Iterable[Any] | Callable[[], Iterable[Any]] | None,
     rules: Any,
     *,
-    range: HalfQuadratic = HalfQuadratic(),  # noqa: B008
+    range: Any = HalfQuadratic(),  # noqa: B008
     sequential: bool = True,
     at_once: int = 8,
     directory: str | os.PathLike | None = None,
@@ -31,10 +31,11 @@ def hqq(
     Args:
         apply_fn: a function of ``(params, *inputs)``.
         params: any tree.
-        batches: as there: they change no code, and may be None.
+        batches: as there: they say which axes are summed over and measure output errors, and may
+            be None for models in Flax's layouts.
         rules: see :func:`~jaxcomp.quantize.post_training.tasks.plan`; the formats' own ranges are
             not used.
-        range: its options.
+        range: a :class:`~jaxcomp.quantize.ranges.HalfQuadratic`.
         sequential: as there.
         at_once: as there.
         directory: where finished leaves are kept; the same call goes on after them.
@@ -45,7 +46,7 @@ def hqq(
 
     Raises:
         ValueError: see :func:`~jaxcomp.quantize.post_training.walk.quantize_leaves`.
-        TypeError: likewise.
+        TypeError: likewise; ``range`` is another one.
         CheckpointError: a file is damaged.
 
     Example:
@@ -61,6 +62,11 @@ def hqq(
 
     Source: Badri & Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", 2023.
     """
+    if not isinstance(range, HalfQuadratic):
+        raise TypeError(
+            f"range must be a HalfQuadratic(...), not {range!r}: formats keep theirs in "
+            "round_to_nearest"
+        )
 
     def ranged(format: Any) -> Any:
         # What is no format is named by the walk.

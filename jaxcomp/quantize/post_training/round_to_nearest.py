@@ -24,9 +24,10 @@ def round_to_nearest(
     Args:
         apply_fn: a function of ``(params, *inputs)``.
         params: any tree.
-        batches: see :func:`~jaxcomp.quantize.post_training.walk.quantize_leaves`. They change no
-            code: they say which axes are summed over, and measure output errors. None: formats are
-            taken for Flax's layouts, and output errors are NaN.
+        batches: see :func:`~jaxcomp.quantize.post_training.walk.quantize_leaves`. They say
+            which axes are summed over, and measure output errors; their values change no code.
+            None: formats are taken for Flax's layouts (other frameworks' kernels have their outputs
+            first: give batches, or name the axes), and output errors are NaN.
         rules: see :func:`~jaxcomp.quantize.post_training.tasks.plan`.
         sequential: whether output errors are measured on what the quantized model makes of the
             batches, or the dense one.

@@ -81,3 +81,9 @@ def test_bad_rules_are_named():
         hqq(model, PARAMS, None, {"w0": 4})
     with pytest.raises(ValueError, match="pattern 'w9' matches no leaf"):
         hqq(model, PARAMS, None, {"w9": Format(4)})
+
+
+def test_another_range_is_refused():
+    for other in (MeanSquare(), None, 0.7):
+        with pytest.raises(TypeError, match="range must be a HalfQuadratic"):
+            hqq(model, PARAMS, None, Format(3), range=other)
