@@ -12,7 +12,6 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxcomp.arrays.rescaled import RescaledArray
-from jaxcomp.checkpoint.leaves import KINDS
 from jaxcomp.model.matrices import MatrixForm, to_matrix
 from jaxcomp.quantize import Format, PerChannel, PerGroup, PerTensor, encode
 from jaxcomp.quantize.formats import GridFormat, PerBlock
@@ -296,7 +295,6 @@ def test_the_quantized_model_runs_inside_jit_and_loses_less(quantized):
     assert lost[1] < 0.8 * lost[0]
 
 
-@pytest.mark.skipif("rescaled" not in KINDS, reason="files do not know rescaled leaves yet")
 def test_it_goes_on_where_it_was_broken_off(tmp_path, quantized):
     passes = []
 
