@@ -31,6 +31,30 @@ class Magnitudes(NamedTuple):
     positive: Total
 
 
+def check_range(name: str, format: AnyFormat) -> None:
+    """Raise unless the range of a format can be found from a histogram.
+
+    Args:
+        name: of the point, for the message.
+        format: of the point; :class:`AbsMax` needs none and is not for this.
+
+    Raises:
+        ValueError: it needs the values themselves.
+
+    Example:
+        >>> from jaxcomp.quantize import Format, HalfQuadratic
+        >>> check_range("kernel", Format(8, range=HalfQuadratic()))
+        Traceback (most recent call last):
+        ...
+        ValueError: kernel: HalfQuadratic(...) cannot be found from a histogram of activations: ...
+    """
+    if not isinstance(format.range, Percentile | MeanSquare | Entropy):
+        raise ValueError(
+            f"{name}: {format.range} cannot be found from a histogram of activations: use "
+            "AbsMax(), Percentile(), MeanSquare() or Entropy()"
+        )
+
+
 def no_magnitudes(shape: tuple[int, ...]) -> Magnitudes:
     """The histograms of no values, for bounds of some shape."""
     empty = _HISTOGRAM.init(1)
@@ -122,10 +146,7 @@ def _clip(unit: _Unit, format: AnyFormat) -> tuple[float, float]:
         case Entropy():
             return _entropy(unit, format)
         case other:
-            raise ValueError(
-                f"{other} cannot be found from a histogram of activations: use AbsMax(), "
-                "Percentile(), MeanSquare() or Entropy()"
-            )
+            raise AssertionError(f"{other} was not refused by check_range")
 
 
 def _percentile(unit: _Unit, percent: float, symmetric: bool) -> tuple[float, float]:

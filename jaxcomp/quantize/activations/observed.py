@@ -16,6 +16,7 @@ from jaxcomp.quantize.activations.dynamic import INT8
 from jaxcomp.quantize.activations.magnitudes import (
     Magnitudes,
     add_magnitudes,
+    check_range,
     clipped,
     no_magnitudes,
 )
@@ -105,6 +106,8 @@ def observe_ranges(
 
 def _begin(point: Point, format: AnyFormat) -> _Seen:
     shape = bounds_shape(point.value.shape, format, point.name)
+    if not isinstance(format.range, AbsMax):
+        check_range(point.name, format)
     layers = tuple(loop.params["length"] for loop in point.loops)
     # Each a buffer of its own, as they are donated.
     low, high = (jnp.zeros((*layers, *shape), jnp.float32) for _ in range(2))

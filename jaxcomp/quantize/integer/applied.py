@@ -51,7 +51,7 @@ class Integer:
     left: Mapping[str, str]
     _call: Callable[..., Any] = dataclasses.field(repr=False)
 
-    def apply(self, params: IntegerParams, *inputs: Any) -> Any:
+    def apply(self, params: Any, *inputs: Any) -> Any:
         """What the model returns; a pure function to jit, vmap, scan or shard.
 
         Args:
@@ -59,8 +59,14 @@ class Integer:
             *inputs: of the model.
 
         Raises:
+            TypeError: ``params`` are not such.
             ValueError: inputs of this shape lead to other products.
         """
+        if not isinstance(params, IntegerParams):
+            raise TypeError(
+                f"params must be those of the integer model, model.params, not {type(params)}: "
+                "weights are laid out anew in them"
+            )
         return self._call(params, *inputs)
 
     def __str__(self) -> str:

@@ -368,6 +368,8 @@ def test_what_cannot_be_is_refused(network):
         integer_apply(mlp, params, x, format=8)
     with pytest.raises(ValueError, match="ranges: there is none for 'second'"):
         integer_apply(mlp, params, x, ranges={"first": bounds_of(x, SYMMETRIC)})
+    with pytest.raises(TypeError, match="params must be those of the integer model"):
+        integer_apply(mlp, params, x).apply(params, x)
     long = encode(jnp.ones((1 << 17, 1)), Format(8, False))
     with pytest.raises(ValueError, match="could exceed 32 bits"):
         integer_apply(lambda w, x: x @ w, long, jax.ShapeDtypeStruct((1, 1 << 17), jnp.float32))

@@ -147,7 +147,7 @@ def allocate(
     budget: Any,
     rules: Any = Format(),  # noqa: B008
     *,
-    bits: Sequence[int] = (2, 3, 4, 5, 6, 8),
+    bits: Any = (2, 3, 4, 5, 6, 8),
     compare: Any = kl_divergence,
     directory: str | os.PathLike | None = None,
     progress: bool | None = None,
@@ -168,7 +168,7 @@ def allocate(
         rules: a format, a sequence of formats (None among them: left dense), or such by path
             pattern, as methods after training have it. A uniform format alone stands for itself at
             each width in ``bits``, and any format alone also for leaving the leaf dense.
-        bits: the widths that a uniform format stands for.
+        bits: a sequence of the widths that a uniform format stands for.
         compare: ``compare(dense outputs, quantized outputs)``, the damage of a batch as one number:
             :func:`kl_divergence` of logits, :func:`mean_square`, or :func:`increase` where
             ``apply_fn`` returns a loss.
@@ -202,7 +202,7 @@ def allocate(
     _check_budget(budget)
     program = Program.of(apply_fn, params, batches, compare)
     inputs = spread(peek(rereadable(batches)())[0])
-    candidates = find_candidates(apply_fn, params, inputs, rules, tuple(bits))
+    candidates = find_candidates(apply_fn, params, inputs, rules, bits)
     leaves = tree_lib.take(params, candidates)
     other = nbytes(params) - sum(nbytes(leaf) for leaf in leaves.values())
     call = lambda: describe_call(params, batches, compare)

@@ -160,7 +160,7 @@ def find_candidates(
     params: Any,
     inputs: Sequence[Any],
     rules: Any,
-    bits: Sequence[int],
+    bits: Any,
 ) -> dict[str, Candidates]:
     """The formats that each leaf may have.
 
@@ -171,13 +171,13 @@ def find_candidates(
         rules: a format, a sequence of formats (None among them: left dense), or such by pattern,
             as methods after training have it. A uniform format alone stands for itself at each
             width in ``bits``, and any format alone also for leaving the leaf dense.
-        bits: widths.
+        bits: a sequence of widths.
 
     Returns:
         By path, with concrete axes, in the order of the program.
 
     Raises:
-        ValueError: no formats, or as :func:`~jaxcomp.quantize.post_training.tasks.plan`.
+        ValueError: no formats or widths, or as :func:`~jaxcomp.quantize.post_training.tasks.plan`.
         TypeError: a rule is no format and no sequence of them.
 
     Example:
@@ -187,7 +187,10 @@ def find_candidates(
         >>> [None if format is None else format.bits for format in found["w"]]
         [2, 4, None]
     """
+    _check_bits(bits)
     given = rules if isinstance(rules, Mapping) else {"*": rules}
+    if not given:
+        raise ValueError("rules is empty: {'*': format} is for every weight")
     listed = {pattern: _listed(pattern, rule, bits) for pattern, rule in given.items()}
     concrete = {pattern: [f for f in each if f is not None] for pattern, each in listed.items()}
     found: dict[str, list[AnyFormat | None]] = {}
@@ -206,6 +209,13 @@ def find_candidates(
     chosen = tree_lib.assign(listed, tree_lib.select(params, check=False))
     dense = {path for path in found if None in listed[chosen[path]]}
     return {path: (*each, None) if path in dense else (*each,) for path, each in found.items()}
+
+
+def _check_bits(bits: Any) -> None:
+    if isinstance(bits, str) or not isinstance(bits, Sequence):
+        raise TypeError(f"bits must be widths to choose from, such as (2, 4, 8), not {bits!r:.60}")
+    if not bits:
+        raise ValueError("bits is empty: give widths to choose from, such as (2, 4, 8)")
 
 
 def _listed(pattern: str, rule: Any, bits: Sequence[int]) -> Candidates:
