@@ -13,7 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Float
+
+from jaxcomp.checks import check_amount
 
 _NEVER = 1e-15  # the spread of a feature that never occurs, for one of the others
 
@@ -130,3 +133,41 @@ def dot(a: Array, b: Array) -> Array:
         Array([[2.]], dtype=float32)
     """
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+
+
+def check_matrix(weight: Any, second_moment: Any, damping: Any = 0.0) -> None:
+    """Raise unless a matrix and a second moment fit, and all is in range where it is known.
+
+    Args:
+        weight: ``(features, outputs)``.
+        second_moment: ``(features, features)``.
+        damping: at least 0.
+
+    Raises:
+        TypeError: one is no array, or the damping no number.
+        ValueError: they do not fit, or are NaN, infinite or negative.
+
+    Example:
+        >>> check_matrix(jnp.ones((3, 2)), jnp.ones((2, 2)))
+        Traceback (most recent call last):
+        ...
+        ValueError: weight (3, 2) and second moment (2, 2): (features, outputs) and ...
+    """
+    for name, array in (("weight", weight), ("second_moment", second_moment)):
+        if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+            raise TypeError(f"{name} must be an array, not {array!r:.60}")
+    if not isinstance(damping, Tracer):
+        check_amount("damping", damping)
+    if weight.ndim != 2 or second_moment.shape != (weight.shape[0],) * 2:
+        raise ValueError(
+            f"weight {weight.shape} and second moment {second_moment.shape}: (features, outputs) "
+            "and (features, features) are needed"
+        )
+    for name, array in (("weight", weight), ("second_moment", second_moment)):
+        if isinstance(array, Tracer):
+            continue
+        # What is known may be looked at inside a trace too, where it is closed over.
+        with jax.ensure_compile_time_eval():
+            finite = bool(jnp.all(jnp.isfinite(array)))
+        if not finite:
+            raise ValueError(f"{name} has NaN or infinite values: mend the weights or the data")

@@ -22,8 +22,8 @@ from jaxcomp.kernels.threshold import (
     smallest_masks,
     sortable_bits,
 )
-from jaxcomp.model.second_moments import dot, inverse_factor
-from jaxcomp.prune.post_training.obs import PER_OUTPUT, PrunedMatrix, check_matrix
+from jaxcomp.model.second_moments import check_matrix, dot, inverse_factor
+from jaxcomp.prune.post_training.obs import PER_OUTPUT, PrunedMatrix
 from jaxcomp.prune.schedules import check_sparsity
 from jaxcomp.prune.structures import NM, Element, Structure, check_structure, local_masks
 

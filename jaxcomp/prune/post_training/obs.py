@@ -19,8 +19,9 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
-from jaxcomp.checks import check_amount, check_count
+from jaxcomp.checks import check_count
 from jaxcomp.model.second_moments import (
+    check_matrix,
     dot,
     inverse_factor,
     normalized,
@@ -221,36 +222,3 @@ def output_error(
     """
     change = weight.astype(jnp.float32) - new_weight.astype(jnp.float32)
     return jnp.sum(output_errors(change, second_moment))
-
-
-def check_matrix(weight: Any, second_moment: Any, damping: Any = 0.0) -> None:
-    """Raise unless a matrix and a second moment fit, and all is in range where it is known.
-
-    Args:
-        weight: ``(features, outputs)``.
-        second_moment: ``(features, features)``.
-        damping: at least 0.
-
-    Raises:
-        TypeError: one is no array, or the damping no number.
-        ValueError: they do not fit, or are NaN, infinite or negative.
-
-    Example:
-        >>> check_matrix(jnp.ones((3, 2)), jnp.ones((2, 2)))
-        Traceback (most recent call last):
-        ...
-        ValueError: weight (3, 2) and second moment (2, 2): (features, outputs) and ...
-    """
-    for name, array in (("weight", weight), ("second_moment", second_moment)):
-        if not hasattr(array, "shape") or not hasattr(array, "dtype"):
-            raise TypeError(f"{name} must be an array, not {array!r:.60}")
-    if not isinstance(damping, Tracer):
-        check_amount("damping", damping)
-    if weight.ndim != 2 or second_moment.shape != (weight.shape[0],) * 2:
-        raise ValueError(
-            f"weight {weight.shape} and second moment {second_moment.shape}: (features, outputs) "
-            "and (features, features) are needed"
-        )
-    for name, array in (("weight", weight), ("second_moment", second_moment)):
-        if not isinstance(array, Tracer) and not bool(jnp.all(jnp.isfinite(array))):
-            raise ValueError(f"{name} has NaN or infinite values: mend the weights or the data")

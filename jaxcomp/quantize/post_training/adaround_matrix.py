@@ -17,8 +17,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Shaped, UInt8
 
 from jaxcomp.arrays.elements import ELEMENTS, levels
+from jaxcomp.model.second_moments import output_errors
 from jaxcomp.quantize.formats import AnyFormat, Format
-from jaxcomp.quantize.post_training.awq_matrix import column_errors
 from jaxcomp.quantize.rounding import element_codes, element_values
 
 # Of the rectified sigmoid (Nagel et al., 2020, equation 23), from Louizos et al., 2018.
@@ -83,7 +83,9 @@ def neighbours(
     beyond = (value > weights) & (low == nearest) | (value < weights) & (high == nearest)
     low, high = jnp.where(beyond, nearest, low), jnp.where(beyond, nearest, high)
     base = element_values(low, scale, zero_point, format)
-    return Neighbours(low, high, base, element_values(high, scale, zero_point, format) - base)
+    step = element_values(high, scale, zero_point, format) - base
+    # A compiler may round the product and the difference as one, which leaves a rest of the same.
+    return Neighbours(low, high, base, jnp.where(low == high, 0, step))
 
 
 def _ladder(format: AnyFormat) -> np.ndarray:
@@ -122,7 +124,7 @@ def relaxed_gradient(
 ) -> Float[Array, "features outputs"]:
     """Gradient by ``v`` of what is minimized, with one product by the moment.
 
-    It is ``sum(column_errors(residual - h * step, moment)) + sum(penalty * (1 - |2 h - 1|**beta))``
+    It is ``sum(output_errors(residual - h * step, moment)) + sum(penalty * (1 - |2 h - 1|**beta))``
     with ``h = relaxed(v)``.
 
     Args:
@@ -208,7 +210,7 @@ def adaround_matrix(
 
     def errors(codes: Array) -> Array:
         values = element_values(codes, scale, zero_point, format)
-        return column_errors(weights - values, moment)
+        return output_errors(weights - values, moment)
 
     return jnp.where(errors(learned) < errors(nearest), learned, nearest)
 

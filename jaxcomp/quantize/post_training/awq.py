@@ -15,11 +15,11 @@ from jaxcomp.arrays import CompressedArray
 from jaxcomp.arrays.rescaled import RescaledArray, spread_runs
 from jaxcomp.checks import check_count
 from jaxcomp.model.matrices import MatrixForm, from_matrix, to_matrix
+from jaxcomp.model.second_moments import output_errors
 from jaxcomp.quantize.affine import encode, find_codes, from_codes, leaf_of
 from jaxcomp.quantize.formats import AnyFormat
 from jaxcomp.quantize.post_training.awq_matrix import (
     MULTIPLIER_DTYPE,
-    column_errors,
     parts,
     search_clipping,
     search_exponents,
@@ -204,7 +204,7 @@ def _shrunk(scales: Scales, part: Array) -> Scales:
 @partial(jax.jit, static_argnums=0)
 def _total_errors(form: MatrixForm, leaf: Array, moment: Array, *values: Array) -> Array:
     weights, moments = _to_matrices(form, leaf), _squares(form, moment)
-    errors = [column_errors(weights - _to_matrices(form, x), moments) for x in values]
+    errors = [output_errors(weights - _to_matrices(form, x), moments) for x in values]
     return jnp.stack([jnp.sum(each) for each in errors])
 
 

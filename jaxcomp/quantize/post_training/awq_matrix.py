@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jaxcomp.model.second_moments import output_errors
 from jaxcomp.quantize.formats import AnyFormat
 from jaxcomp.quantize.post_training.layout import ScaleLayout
 from jaxcomp.quantize.rounding import element_codes, element_values
@@ -21,24 +22,6 @@ from jaxcomp.quantize.rounding import element_codes, element_values
 # In this dtype multipliers are stored: as wide as float32, and whatever it rounds away is in the
 # codes, which are of the weights divided by what is stored.
 MULTIPLIER_DTYPE = "bfloat16"
-
-
-def column_errors(
-    difference: Float[Array, "*groups features outputs"],
-    moment: Float[Array, "*groups features features"],
-) -> Float[Array, "*groups outputs"]:
-    """Mean square by which each output moves when the weights do.
-
-    Args:
-        difference: of the weights.
-        moment: mean of ``x xᵀ`` over the samples.
-
-    Example:
-        >>> column_errors(jnp.array([[1.0], [-1.0]]), jnp.array([[2.0, 1.0], [1.0, 2.0]]))
-        Array([2.], dtype=float32)
-    """
-    moved = jnp.matmul(moment, difference, precision=lax.Precision.HIGHEST)
-    return jnp.sum(difference * moved, axis=-2)
 
 
 class Exponents(NamedTuple):
@@ -100,7 +83,7 @@ def search_exponents(
 
     def error(exponent: Any) -> Array:
         by = multiplier(exponent)[:, :, None]
-        return jnp.sum(column_errors(weights - rounded(weights / by) * by, moments), axis=-1)
+        return jnp.sum(output_errors(weights - rounded(weights / by) * by, moments), axis=-1)
 
     exponents = jnp.arange(count, dtype=jnp.float32) / count
     errors = lax.map(error, exponents)
@@ -193,7 +176,7 @@ def search_clipping(
 
         def change(scale: Array) -> Array:
             moved = now - quantized(mine, scale[at], zero)
-            gain = column_errors(moved, block) + 2 * jnp.sum(moved * here, axis=1)
+            gain = output_errors(moved, block) + 2 * jnp.sum(moved * here, axis=1)
             return _by_mates(gain, layout)
 
         best = jnp.argmin(lax.map(change, scales), axis=0)

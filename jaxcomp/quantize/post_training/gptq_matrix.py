@@ -10,11 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.core import Tracer
 from jaxtyping import Array, Float, Shaped, UInt8
 
-from jaxcomp.checks import check_amount, check_count
-from jaxcomp.model.second_moments import dot, inverse_factor
+from jaxcomp.checks import check_count
+from jaxcomp.model.second_moments import check_matrix, dot, inverse_factor
 from jaxcomp.quantize.formats import AnyFormat
 from jaxcomp.quantize.rounding import element_codes, element_values
 
@@ -62,7 +61,7 @@ def gptq_matrix(
     Source: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
     Transformers", 2022, Algorithm 1.
     """
-    _check(weight, second_moment, damping)
+    check_matrix(weight, second_moment, damping)
     check_count("block_size", block_size)
     for name, given in (("scale", scale), ("zero_point", zero_point)):
         if given is not None and jnp.broadcast_shapes(given.shape, weight.shape) != weight.shape:
@@ -70,27 +69,6 @@ def gptq_matrix(
     return round_matrix(
         weight, second_moment, scale, zero_point, damping, format, bool(order), block_size
     )
-
-
-def _check(weight: Any, second_moment: Any, damping: Any) -> None:
-    for name, array in (("weight", weight), ("second_moment", second_moment)):
-        if not hasattr(array, "shape") or not hasattr(array, "dtype"):
-            raise TypeError(f"{name} must be an array, not {array!r:.60}")
-    if not isinstance(damping, Tracer):
-        check_amount("damping", damping)
-    if weight.ndim != 2 or second_moment.shape != (weight.shape[0],) * 2:
-        raise ValueError(
-            f"weight {weight.shape} and second moment {second_moment.shape}: (features, outputs) "
-            "and (features, features) are needed"
-        )
-    for name, array in (("weight", weight), ("second_moment", second_moment)):
-        if isinstance(array, Tracer):
-            continue
-        # What is known may be looked at inside a trace too, where it is closed over.
-        with jax.ensure_compile_time_eval():
-            finite = bool(jnp.all(jnp.isfinite(array)))
-        if not finite:
-            raise ValueError(f"{name} has NaN or infinite values: mend the weights or the data")
 
 
 @partial(jax.jit, static_argnums=(5, 6, 7))
