@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxcomp.quantize.affine import fake_quant
+from jaxcomp.quantize.arithmetic import widen
 from jaxcomp.quantize.formats import AnyFormat, Format, PerChannel, PerTensor
 from jaxcomp.quantize.steps import scales_of
 
@@ -65,7 +66,7 @@ def bounds_of(x: Float[Array, "..."], format: AnyFormat) -> Bounds:
         Bounds(low=Array([[-3.]], dtype=float32), high=Array([[3.]], dtype=float32))
     """
     axes = format.reduced_axes(x.shape)
-    wide = jax.lax.stop_gradient(x).astype(jnp.float32)
+    wide = widen(jax.lax.stop_gradient(x))
     if is_symmetric(format):
         high = jnp.max(jnp.abs(wide), axes, keepdims=True)
         return Bounds(-high, high)

@@ -103,7 +103,7 @@ def activations(
 
 
 def check_ranges(
-    ranges: Mapping[str, Bounds], points: Mapping[str, RoundedPoint], left_out: Mapping[str, str]
+    ranges: Any, points: Mapping[str, RoundedPoint], left_out: Mapping[str, str]
 ) -> dict[str, Bounds]:
     """The ranges of the points as arrays.
 
@@ -116,12 +116,15 @@ def check_ranges(
         By the name of the point.
 
     Raises:
+        TypeError: a range is no pair, or they have no names.
         ValueError: a range is missing, of no point, of another shape or not finite.
 
     Example:
         >>> check_ranges({}, {}, {})
         {}
     """
+    if not isinstance(ranges, Mapping):
+        raise TypeError(f"ranges must map names of points to Bounds, not {ranges!r:.60}")
     for name in ranges:
         if name not in points and name not in left_out:
             raise ValueError(f"ranges: '{name}' is no point; {tree_lib.nearest(name, points)}")
@@ -129,6 +132,8 @@ def check_ranges(
     for name, point in points.items():
         if name not in ranges:
             raise ValueError(f"ranges: there is none for '{name}': observe it, or leave it out")
+        if not isinstance(ranges[name], tuple | list) or len(ranges[name]) != 2:
+            raise TypeError(f"ranges: '{name}' must be Bounds(low, high), not {ranges[name]!r:.60}")
         shape = (*point.layers, *bounds_shape(point.shape, point.format, name))
         for edge in ranges[name]:
             if jnp.shape(edge) != shape:

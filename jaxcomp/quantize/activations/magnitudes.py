@@ -10,6 +10,7 @@ import numpy as np
 from jaxcomp import sharding as sharding_lib
 from jaxcomp.model.statistics import Total, histogram
 from jaxcomp.quantize.activations.bounds import Bounds, is_symmetric
+from jaxcomp.quantize.arithmetic import widen
 from jaxcomp.quantize.entropy import least_divergence
 from jaxcomp.quantize.formats import AnyFormat
 from jaxcomp.quantize.ranges import Entropy, MeanSquare, Percentile
@@ -77,7 +78,7 @@ def add_magnitudes(counts: Magnitudes, x: jax.Array, format: AnyFormat) -> Magni
         measure = jax.vmap(measure)
 
     def add(counts: Magnitudes, x: jax.Array) -> Magnitudes:
-        x = jnp.moveaxis(x.astype(jnp.float32), own, range(len(own)))
+        x = jnp.moveaxis(widen(x), own, range(len(own)))
         new = [measure(jnp.maximum(side, 0)) for side in (-x, x)]
         new = jax.tree.map(lambda new, old: new.reshape(old.shape), Magnitudes(*new), counts)
         return Magnitudes(*map(_HISTOGRAM.merge, counts, new))

@@ -130,7 +130,7 @@ def find_points(program: Program) -> Found:
 def choose(
     found: Found,
     format: AnyFormat,
-    rules: Rules,
+    rules: Any,
 ) -> Chosen:
     """Give points their formats.
 
@@ -189,11 +189,13 @@ def _reason(point: Point, pattern: str | None, chosen: AnyFormat | None) -> str 
     return None
 
 
-def _table(rules: Rules, format: AnyFormat) -> dict[str, AnyFormat | None]:
+def _table(rules: Any, format: AnyFormat) -> dict[str, AnyFormat | None]:
     if rules is None:
         return {"*": format}
     if isinstance(rules, str):
         rules = [rules]
+    if not isinstance(rules, Iterable):
+        raise TypeError(f"points must be patterns, or formats by pattern, not {rules!r:.60}")
     table: dict[str, Any] = {}
     table |= rules if isinstance(rules, Mapping) else dict.fromkeys(rules, format)
     for pattern, rule in table.items():

@@ -58,7 +58,7 @@ class RoundedFunction:
 
 
 def trace_points(
-    apply_fn: Any, params: Any, inputs: tuple[Any, ...], format: Any, rules: Rules
+    apply_fn: Any, params: Any, inputs: tuple[Any, ...], format: Any, rules: Any
 ) -> tuple[Program, Chosen]:
     """Trace a function and choose what to round.
 

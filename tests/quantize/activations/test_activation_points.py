@@ -140,6 +140,8 @@ def test_messages():
         untyped(attend, W, X, format=8)
     with pytest.raises(TypeError, match="'out' must have a format or None"):
         untyped(attend, W, X, format=INT4, points={"out": 8})
+    with pytest.raises(TypeError, match="points must be patterns, or formats by pattern, not 3"):
+        untyped(attend, W, X, format=INT4, points=3)
     with pytest.raises(TypeError, match="apply_fn must be a function"):
         untyped(None, W, X, format=INT4)
     with pytest.raises(ValueError, match="the function has no product"):
@@ -171,6 +173,13 @@ def test_messages_about_ranges():
         give({"query": one, "key": one, "kee": one})
     with pytest.raises(ValueError, match=r"'key' has shape \(\), but the point needs \(1, 1\)"):
         give({"query": one, "key": Bounds(-1.0, 1.0)})
+    untyped = inspect.unwrap(activations)
+    for ranges, message in (
+        ({"query": one, "key": None}, r"'key' must be Bounds\(low, high\), not None"),
+        ([one, one], "ranges must map names of points to Bounds"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            untyped(model, W, X, format=INT4, ranges=ranges)
     with pytest.raises(ValueError, match="'key' is not finite"):
         give({"query": one, "key": Bounds(one.low, one.high * jnp.nan)})
 

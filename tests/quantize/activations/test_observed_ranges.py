@@ -11,7 +11,8 @@ from jaxcomp.quantize import Format, PerChannel, PerGroup, PerTensor
 from jaxcomp.quantize.activations.bounds import fake_quant_within
 from jaxcomp.quantize.activations.dynamic import activations
 from jaxcomp.quantize.activations.observed import observe_ranges
-from jaxcomp.quantize.ranges import Entropy, HalfQuadratic, MeanSquare, Percentile
+from jaxcomp.quantize.activations.tracked import track_ranges
+from jaxcomp.quantize.ranges import AbsMax, Entropy, HalfQuadratic, MeanSquare, Percentile
 from jaxcomp.quantize.scales import find_scales
 
 RNG = np.random.default_rng(2)
@@ -157,3 +158,20 @@ def test_messages():
 
     with pytest.raises(ValueError, match="a: no batch led to it"):
         observe_ranges(branches, {"a": W, "b": W}, BATCHES)
+
+
+def test_ranges_hold_what_is_rounded_to_16_bits():
+    """A compiler would take the unrounded result of the operation before."""
+    x = jnp.asarray(BATCHES[0], jnp.bfloat16)
+    params = {"scale": jnp.asarray(1.37, jnp.bfloat16), "w": jnp.asarray(W, jnp.bfloat16)}
+    largest = float(jnp.abs(jnp.asarray(x) * params["scale"]).max())
+
+    def model(params, x):
+        return (x * params["scale"]) @ params["w"]
+
+    for found in (AbsMax(), Percentile(100.0)):
+        format = Format(8, granularity=PerTensor(), range=found)
+        assert float(observe_ranges(model, params, [x], format)["w"].high.squeeze()) == largest
+    tracked = track_ranges(model, params, x)
+    _, state = tracked(params, tracked.init(), x)
+    assert float(tracked.freeze(state)["w"].high.squeeze()) == largest
