@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxcomp import tree as tree_lib
+from jaxcomp.checks import check_amount
 from jaxcomp.quantize.training.find_norms import Norm, find_norms
 
 
@@ -62,8 +63,9 @@ def fold_batch_norm(
         output or the kernel is used elsewhere too, or where the outputs would move.
 
     Raises:
-        TypeError: ``apply_fn`` is not callable, or a leaf is not an array.
-        ValueError: nothing is normalized by leaves of ``variables``; outputs that are not finite.
+        TypeError: ``apply_fn`` is not callable, a leaf is not an array, or ``tolerance`` no number.
+        ValueError: nothing is normalized by leaves of ``variables``; outputs that are not finite; a
+            negative tolerance.
 
     Example:
         >>> def apply_fn(variables, x):
@@ -83,6 +85,7 @@ def fold_batch_norm(
     Source: Jacob et al., "Quantization and training of neural networks for efficient integer-
     arithmetic-only inference", 2018, section 3.2.
     """
+    check_amount("tolerance", tolerance)
     norms, kept = find_norms(apply_fn, variables, *inputs)
     run = jax.jit(apply_fn)
     before = jax.tree.leaves(run(variables, *inputs))

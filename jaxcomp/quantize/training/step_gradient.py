@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,8 +71,7 @@ def fake_quant_learned(
     Source: Esser et al., "Learned step size quantization", ICLR 2020, section 2, (1) to (3), and
     section 2.2.
     """
-    if not isinstance(format, Format):
-        raise TypeError(f"steps are learned in a uniform quantize.Format, not {format!r}")
+    _check_uniform(format)
     if not hasattr(scale, "dtype") or not jnp.issubdtype(scale.dtype, jnp.floating):
         raise TypeError(f"scale must be a floating array, not {scale!r:.60}: cast it")
     check_scales(x, format, wide_scale(used_step(scale, format, x.dtype)), zero_point)
@@ -91,7 +91,7 @@ def initial_step(
     Args:
         x: weights, or the activations of a first batch.
         format: bits, symmetry and granularity.
-        zero_point: codes of zero, as for :func:`fake_quant_learned`.
+        zero_point: codes of zero, of an affine format; None: 0.
 
     Returns:
         Step sizes, float32, shaped as :func:`jaxcomp.quantize.scales.find_scales` gives them; 1
@@ -107,8 +107,14 @@ def initial_step(
 
     Source: Esser et al., ICLR 2020, section 2.1.
     """
+    _check_uniform(format)
     check_quantizable("x", x, format)
     return automatic(lambda *arrays: _initial_step(*arrays, format))(x, zero_point)
+
+
+def _check_uniform(format: Any) -> None:
+    if not isinstance(format, Format):
+        raise TypeError(f"steps are learned in a uniform quantize.Format, not {format!r}")
 
 
 # Outside `jit` one program, instead of one for every operation on every shape.

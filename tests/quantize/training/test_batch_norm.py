@@ -268,6 +268,8 @@ def test_what_is_refused():
     bad["norm"]["mean"] = bad["norm"]["mean"] * jnp.nan
     with pytest.raises(ValueError, match="not finite"):
         fold_batch_norm(plain, bad, jnp.ones((5, 3)))
+    with pytest.raises(ValueError, match="tolerance is -1"):
+        fold_batch_norm(plain, leaves(4), jnp.ones((5, 3)), tolerance=-1)
 
 
 def test_statistics_freeze_inside_a_compiled_step():

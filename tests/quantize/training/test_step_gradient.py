@@ -1,5 +1,6 @@
 """LSQ's fake quantization against the paper's piecewise formulas, in float64."""
 
+import inspect
 import math
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxcomp.quantize import Format, PerChannel, PerGroup, PerTensor, fake_quant
+from jaxcomp.quantize import Format, PerChannel, PerGroup, PerTensor, fake_quant, nf4
 from jaxcomp.quantize.training.step_gradient import fake_quant_learned, initial_step, used_step
 
 RNG = np.random.default_rng(0)
@@ -204,6 +205,8 @@ def test_what_is_refused():
         fake_quant_learned(x, scale * jnp.nan, Format(4))
     with pytest.raises(ValueError, match="count is 0"):
         fake_quant_learned(x, scale, Format(4), count=0)
+    with pytest.raises(TypeError, match="steps are learned in a uniform"):
+        inspect.unwrap(initial_step)(x, nf4(2))
 
 
 @pytest.mark.slow
