@@ -278,7 +278,10 @@ def _check_fields(granularity: object, range: object, scale_dtype: object) -> No
             f"PerBlock(shape), not {granularity!r}"
         )
     if not isinstance(range, Range):
-        raise TypeError(f"range must be a quantize.Range, such as AbsMax(), not {range!r}")
+        raise TypeError(
+            "range must be AbsMax(), Percentile(percent), MeanSquare(), Entropy() or "
+            f"HalfQuadratic(), not {range!r}"
+        )
     if scale_dtype not in SCALE_DTYPES:
         known = ", ".join(SCALE_DTYPES)
         raise ValueError(f"scale_dtype must be one of {known}, not {scale_dtype!r}")

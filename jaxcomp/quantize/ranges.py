@@ -27,7 +27,7 @@ class Percentile:
 
     Raises:
         TypeError: ``percent`` is no number.
-        ValueError: it is not above 0 and at most 100.
+        ValueError: it is above 100, or below 1 (a fraction, by the look of it).
     """
 
     percent: float = 99.9
@@ -37,6 +37,11 @@ class Percentile:
             raise TypeError(f"percent must be a number, not {self.percent!r}")
         if not 0 < self.percent <= 100:
             raise ValueError(f"percent must be above 0 and at most 100, not {self.percent}")
+        if self.percent < 1:
+            raise ValueError(
+                f"percent is {self.percent}, by which nearly all values are clipped: "
+                f"{self.percent:.3%} is Percentile({100 * self.percent:g})"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

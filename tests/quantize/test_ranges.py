@@ -215,6 +215,8 @@ def test_fields_of_ranges():
         for percent in (0, -1, 100.1):
             with pytest.raises(ValueError, match="percent must be above 0 and at most 100"):
                 Percentile(percent)
+        with pytest.raises(ValueError, match=r"percent is 0.999, .* is Percentile\(99.9\)"):
+            Percentile(0.999)
         for make, message in (
             (
                 lambda: Percentile("99"),  # pyright: ignore[reportArgumentType]
