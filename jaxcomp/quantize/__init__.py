@@ -13,7 +13,7 @@ from jaxcomp.quantize.formats import (
     PerGroup,
     PerTensor,
 )
-from jaxcomp.quantize.forms import FloorForm, RoundForm, floor_form, round_form
+from jaxcomp.quantize.forms import FloorForm, RoundForm, floor_form, round_form, scales_of_form
 from jaxcomp.quantize.integer.applied import Integer, integer_apply
 from jaxcomp.quantize.named import binary, fp8, mxfp4, mxfp8, nf4, nvfp4, power_of_two, ternary
 from jaxcomp.quantize.post_training.adaround import adaround
@@ -21,7 +21,7 @@ from jaxcomp.quantize.post_training.allocation import damage
 from jaxcomp.quantize.post_training.allocation.allocate import Allocation, Budget, allocate
 from jaxcomp.quantize.post_training.awq import awq
 from jaxcomp.quantize.post_training.bias_correction import Corrected, correct_bias
-from jaxcomp.quantize.post_training.gptq import gptq
+from jaxcomp.quantize.post_training.gptq import gptq, gptq_leaf
 from jaxcomp.quantize.post_training.hqq import hqq
 from jaxcomp.quantize.post_training.rescaling.equalize import equalize
 from jaxcomp.quantize.post_training.rescaling.rescaler import Rescaled
@@ -30,6 +30,8 @@ from jaxcomp.quantize.post_training.rotate import rotate
 from jaxcomp.quantize.post_training.round_to_nearest import round_to_nearest
 from jaxcomp.quantize.post_training.walk import Quantized
 from jaxcomp.quantize.ranges import AbsMax, Entropy, HalfQuadratic, MeanSquare, Percentile
+from jaxcomp.quantize.scales import find_scales
+from jaxcomp.quantize.steps import Scales
 from jaxcomp.quantize.training.batch_norm import Folded, fold_batch_norm, freeze_batch_norm
 from jaxcomp.quantize.training.dorefa import dorefa
 from jaxcomp.quantize.training.learned_clipping import fake_quant_clipped, learned_clipping
@@ -59,6 +61,7 @@ __all__ = [
     "Quantized",
     "Rescaled",
     "RoundForm",
+    "Scales",
     "activations",
     "adaround",
     "allocate",
@@ -72,11 +75,13 @@ __all__ = [
     "fake_quant",
     "fake_quant_clipped",
     "fake_quant_learned",
+    "find_scales",
     "floor_form",
     "fold_batch_norm",
     "fp8",
     "freeze_batch_norm",
     "gptq",
+    "gptq_leaf",
     "hqq",
     "initial_step",
     "integer_apply",
@@ -91,6 +96,7 @@ __all__ = [
     "rotate",
     "round_form",
     "round_to_nearest",
+    "scales_of_form",
     "smooth",
     "ternary",
     "track_ranges",
