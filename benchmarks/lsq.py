@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--widths", type=int, nargs="+", default=[6, 16, 120, 84])
     parser.add_argument("--epochs", type=int, nargs=2, default=[8, 6], help="float; then each run")
-    parser.add_argument("--rates", type=float, nargs=2, default=[0.05, 0.01], help="their peaks")
+    parser.add_argument("--rates", type=float, nargs=2, default=[0.05, 0.02], help="their peaks")
     parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("lsq_runs"))
     options = parser.parse_args()
     recipe = Recipe(tuple(options.widths), tuple(options.epochs), tuple(options.rates), 1e-4)
