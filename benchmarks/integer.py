@@ -10,6 +10,8 @@ installed (``pip install onnx onnxruntime torch``) and are otherwise said to be 
 processes of their own: PyTorch and XLA in one process would share, or fight for, the cores.
 """
 
+# pyright: reportMissingImports=false
+
 import argparse
 import functools
 import importlib.metadata

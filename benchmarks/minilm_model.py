@@ -1,5 +1,7 @@
 """MiniLM-L6 as a Flax model, its weights, and pairs of real text to retrieve with it."""
 
+# pyright: reportMissingImports=false
+
 import ast
 import importlib.util
 import json

@@ -11,6 +11,8 @@ zero points, so that it rounds to the same levels; qwix finds its own, with its 
 The float64 row is the paper's algorithm written out, with the inverse updated after each column.
 """
 
+# pyright: reportMissingImports=false
+
 import argparse
 import importlib.metadata
 import os

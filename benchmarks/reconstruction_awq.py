@@ -11,6 +11,8 @@ row is AWQ written out as its authors' program has it: 20 exponents by the error
 then for each group 20 parts of its range by the group's own part of the outputs.
 """
 
+# pyright: reportMissingImports=false
+
 import argparse
 from typing import Any
 
