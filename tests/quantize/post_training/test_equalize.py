@@ -78,7 +78,7 @@ def reference(params, rounds=500):
 
 def test_it_is_the_papers_iteration():
     params = unbalanced()
-    found = equalize(mlp, params, X, tolerance=1e-7)
+    found = equalize(mlp, params, [X], tolerance=1e-7)
     for name, expected in reference(params).items():
         np.testing.assert_allclose(found.params[name], expected, rtol=1e-4, atol=1e-6)
     # Both kernels of a pair have the same range in every channel.
@@ -93,7 +93,7 @@ def test_it_is_the_papers_iteration():
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_scale_a_tensor_loses_much_less_on_unbalanced_channels(bits):
     params = unbalanced()
-    even = equalize(mlp, params, X).params
+    even = equalize(mlp, params, [X]).params
     exact = np.asarray(mlp(params, X))
     assert difference(exact, mlp(even, X)) < 1e-5
     errors = []
@@ -106,7 +106,7 @@ def test_a_scale_a_tensor_loses_much_less_on_unbalanced_channels(bits):
 
 def check_case(name):
     case = ZOO[name]()
-    found = equalize(case.apply_fn, case.params, *case.inputs)
+    found = equalize(case.apply_fn, case.params, [tuple(case.inputs)])
     run = jax.jit(case.apply_fn)
     outputs = run(case.params, *case.inputs), run(found.params, *case.inputs)
     assert difference(*outputs) < max(case.tolerance, 1e-5)
@@ -144,7 +144,7 @@ def test_the_rest_of_the_zoo_computes_the_same(name):
 @settings(max_examples=25, deadline=None)
 @given(networks())
 def test_random_networks_compute_the_same(drawn):
-    found = equalize(drawn.apply_fn, drawn.params, *drawn.inputs)
+    found = equalize(drawn.apply_fn, drawn.params, [tuple(drawn.inputs)])
     run = jax.jit(drawn.apply_fn)
     before, after = run(drawn.params, *drawn.inputs), run(found.params, *drawn.inputs)
     assert difference(before, after) < 1e-4
@@ -171,7 +171,7 @@ def test_a_batch_norm_goes_along_without_its_variance():
         jax.eval_shape(model.init, jax.random.key(0), x),
     )
     run = jax.jit(model.apply)
-    found = equalize(run, variables, x)
+    found = equalize(run, variables, [x])
     (group,) = (group for group in found.groups if not group.kept)
     assert set(group.divided) == {
         "params/a/kernel",
@@ -201,7 +201,7 @@ def test_a_residual_sum_moves_all_that_is_added_and_all_that_reads():
     rng = np.random.default_rng(0)
     shapes = {"stem": (6, 5), "up": (5, 7), "down": (7, 5), "head": (5, 2)}
     params = {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()}
-    found = equalize(model, params, X)
+    found = equalize(model, params, [X])
     pairs = {(frozenset(g.divided), frozenset(g.multiplied)) for g in found.groups if not g.kept}
     assert pairs == {
         (frozenset({"stem", "down"}), frozenset({"up", "head"})),
@@ -228,7 +228,7 @@ def test_a_residual_sum_moves_all_that_is_added_and_all_that_reads():
 )
 def test_what_would_change_the_function_is_left_alone_and_named(between, words):
     params = {"a": unbalanced()["w0"], "c": unbalanced()["w2"]}
-    found = equalize(lambda p, x: between(x @ p["a"]) @ p["c"], params, X)
+    found = equalize(lambda p, x: between(x @ p["a"]) @ p["c"], params, [X])
     assert found.params is params or found.params == params
     reasons = {group.name: group.kept for group in found.groups}
     assert words in reasons["c"]
@@ -251,7 +251,7 @@ def test_what_would_change_the_function_is_left_alone_and_named(between, words):
 def test_what_is_positively_homogeneous_is_no_obstacle(between):
     params = {"a": unbalanced()["w0"], "c": unbalanced()["w2"]}
     model = lambda p, x: between(x @ p["a"]) @ p["c"]
-    found = equalize(model, params, X)
+    found = equalize(model, params, [X])
     (group,) = (group for group in found.groups if not group.kept)
     assert (group.divided, group.multiplied) == (("a",), ("c",))
     assert difference(model(params, X), model(found.params, X)) < 1e-5
@@ -260,7 +260,7 @@ def test_what_is_positively_homogeneous_is_no_obstacle(between):
 def test_what_cannot_be_tried_exactly_is_refused():
     # Weights at the edge of float32: four times as much is infinite.
     params = {"a": jnp.full((6, 8), 2e-38), "c": jnp.full((8, 1), 3e38)}
-    found = equalize(lambda p, x: (x @ p["a"]) @ p["c"], params, jnp.ones((1, 6)))
+    found = equalize(lambda p, x: (x @ p["a"]) @ p["c"], params, [jnp.ones((1, 6))])
     assert all(group.kept for group in found.groups)
     assert any("tried with powers of two" in (group.kept or "") for group in found.groups)
 
@@ -273,7 +273,7 @@ def test_dead_channels_dtypes_and_placement_stay():
     params["w0"] = jax.device_put(params["w0"], NamedSharding(mesh, PartitionSpec(None, "model")))
     replicated = NamedSharding(mesh, PartitionSpec())
     params = {k: v if k == "w0" else jax.device_put(v, replicated) for k, v in params.items()}
-    found = equalize(mlp, params, X).params
+    found = equalize(mlp, params, [X]).params
     assert found["w1"].dtype == jnp.bfloat16
     assert found["w0"].sharding == params["w0"].sharding
     assert np.isfinite(found["w1"].astype(np.float32)).all()
@@ -282,10 +282,10 @@ def test_dead_channels_dtypes_and_placement_stay():
 
 def test_arguments_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="pattern 'w9' matches no leaf"):
-        equalize(mlp, unbalanced(), X, paths="w9")
+        equalize(mlp, unbalanced(), [X], paths="w9")
     with pytest.raises(ValueError, match="w0: 1 of 72 values are NaN"):
-        equalize(mlp, {**unbalanced(), "w0": unbalanced()["w0"].at[0, 0].set(jnp.nan)}, X)
+        equalize(mlp, {**unbalanced(), "w0": unbalanced()["w0"].at[0, 0].set(jnp.nan)}, [X])
     with pytest.raises(ValueError, match="most_rounds"):
-        equalize(mlp, unbalanced(), X, most_rounds=0)
-    found = equalize(lambda p, i: p["table"][i], {"table": jnp.ones((4, 3))}, jnp.arange(2))
+        equalize(mlp, unbalanced(), [X], most_rounds=0)
+    found = equalize(lambda p, i: p["table"][i], {"table": jnp.ones((4, 3))}, [jnp.arange(2)])
     assert found.groups[0].kept == "no product reads it"

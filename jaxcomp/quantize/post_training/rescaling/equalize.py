@@ -1,7 +1,7 @@
 """Cross-layer equalisation: channels that a layer makes and the next reads get ranges alike."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from jaxtyping import Array
 
 from jaxcomp import tree as tree_lib
 from jaxcomp.checks import check_amount, check_count, choose
+from jaxcomp.model.batches import peek, spread
 from jaxcomp.model.degrees.relate import relate
 from jaxcomp.model.degrees.space import Space, Span, solve
 from jaxcomp.model.matrices import MatrixForm
@@ -42,7 +43,8 @@ class _Pair(NamedTuple):
 def equalize(
     apply_fn: Callable[..., Any],
     params: Any,
-    *inputs: Any,
+    batches: Iterable[Any],
+    *,
     paths: str | Sequence[str] | None = None,
     most_rounds: int = 100,
     tolerance: float = 1e-3,
@@ -54,8 +56,8 @@ def equalize(
     pooling, residual sums (all that is added and all that reads goes along), an inference BatchNorm
     (its mean and bias go along), attention's values, the up-projection of a SwiGLU. Which leaves go
     along, and by which power, is worked out from the traced function and then tried with random
-    powers of two on ``inputs``. With ``s = sqrt(range made / range read)`` both kernels have the
-    same range in each channel; this is repeated over all channels until it settles.
+    powers of two on the first batch. With ``s = sqrt(range made / range read)`` both kernels have
+    the same range in each channel; this is repeated over all channels until it settles.
 
     A kernel with a scale a channel gains nothing; one with a scale a tensor does. Fold BatchNorm
     before, if it is to be folded: what is equalised is the kernel as it is quantized.
@@ -63,7 +65,8 @@ def equalize(
     Args:
         apply_fn: the inference function of ``(params, *inputs)``.
         params: its parameters, and statistics such as ``batch_stats`` if it takes them.
-        *inputs: one batch of arrays, to try the rescalings on.
+        batches: an iterable of inputs; a plain tuple is spread over ``inputs``. Rescalings are
+            tried on the first, and no other is read: ranges are those of the weights.
         paths: patterns of the kernels whose ranges count; if None, all that are compressed by
             default (see :func:`jaxcomp.tree.is_weight`) and that some product reads. Others may go
             along.
@@ -74,14 +77,14 @@ def equalize(
         Parameters that compute the same function, and what was and was not rescaled.
 
     Raises:
-        ValueError: a pattern matches nothing, or weights are NaN or infinite.
-        TypeError: a leaf is compressed already, or no array.
+        ValueError: a pattern matches nothing, weights are NaN or infinite, or there are no batches.
+        TypeError: a leaf is compressed already, or no array; ``batches`` is one array.
 
     Example:
         >>> def mlp(p, x):
         ...     return jax.nn.relu(x @ p["w0"]) @ p["w1"]
         >>> params = {"w0": jnp.array([[1.0, 16.0]]), "w1": jnp.array([[1.0], [1.0]])}
-        >>> found = equalize(mlp, params, jnp.ones((1, 1)))
+        >>> found = equalize(mlp, params, [jnp.ones((1, 1))])
         >>> found.params["w0"], found.params["w1"].ravel()
         (Array([[1., 4.]], dtype=float32), Array([1., 4.], dtype=float32))
         >>> print(found)
@@ -94,7 +97,7 @@ def equalize(
     check_count("most_rounds", most_rounds)
     check_amount("tolerance", tolerance)
     weights = choose(params, paths)
-    model = rescaler.read_model(apply_fn, params, inputs)
+    model = rescaler.read_model(apply_fn, params, spread(peek(batches)[0]))
     forms, kept = rescaler.forms_of(model, weights)
     directions, fixed = _pairs(model, forms)
     kept += fixed
