@@ -28,7 +28,7 @@ def least_divergence(
 
     Args:
         x: float32, blocks split off.
-        axes: over which a scale is shared.
+        axes: over which a scale is shared, negative.
         low: the smallest value of each unit, at most 0; None if symmetric.
         high: the largest value, or magnitude if symmetric.
         format: what to quantize to; its range is an :class:`Entropy`.
@@ -41,7 +41,7 @@ def least_divergence(
         >>> from jaxcomp.quantize.formats import Format
         >>> x = jnp.linspace(-1, 1, 4096)[:, None]
         >>> format = Format(4, range=Entropy(256))
-        >>> least_divergence(x, (0,), None, jnp.ones((1, 1)), format, x.dtype).scale.shape
+        >>> least_divergence(x, (-2,), None, jnp.ones((1, 1)), format, x.dtype).scale.shape
         (1, 1)
     """
     settings = format.range

@@ -11,6 +11,7 @@ def binary(granularity: Granularity = _CHANNELS) -> Format:
     """One bit: minus or plus a scale, the mean magnitude of what shares it.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> from jaxcomp.quantize import PerTensor, encode
         >>> encode(jnp.array([1.0, -2.0, 3.0]), binary(PerTensor())).decode()
         Array([ 2., -2.,  2.], dtype=float32)
@@ -24,6 +25,7 @@ def ternary(granularity: Granularity = _CHANNELS) -> Format:
     """Two bits: minus a scale, zero or plus it, where the mean square error is least.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> from jaxcomp.quantize import PerTensor, encode
         >>> encode(jnp.array([1.0, -0.1, -1.0, 0.2]), ternary(PerTensor())).decode()
         Array([ 1.,  0., -1.,  0.], dtype=float32)
@@ -40,6 +42,7 @@ def power_of_two(bits: int, granularity: Granularity = _CHANNELS) -> GridFormat:
         ValueError: ``bits`` outside 2 to 7.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> from jaxcomp.quantize import PerTensor, encode
         >>> encode(jnp.array([8.0, 3.1, -0.9, 2.9]), power_of_two(4, PerTensor())).decode()
         Array([ 8.,  4., -1.,  2.], dtype=float32)

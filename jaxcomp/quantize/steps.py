@@ -45,6 +45,7 @@ def scales_of(
         tensor_scale: to keep, of a format that has one; None: found.
 
     Example:
+        >>> from jaxcomp.quantize.formats import Format
         >>> scales_of(None, jnp.array([[12.0]]), Format(4, scale_dtype="float8_e8m0fnu"), "float32")
         Scales(scale=Array([[2]], dtype=float8_e8m0fnu), zero_point=None, tensor_scale=None)
     """
