@@ -17,9 +17,12 @@ from jaxcomp.arrays import (
     BlockSparseArray,
     CodebookArray,
     CompressedArray,
+    GridArray,
     NMSparseArray,
     Parts,
     QuantizedArray,
+    RescaledArray,
+    RotatedArray,
     SparseArray,
     Symbols,
 )
@@ -50,6 +53,28 @@ def quantized(rng: np.random.Generator, shape=(6, 5), bits=4, group=None) -> Qua
             {"scale": rng.uniform(0.5, 1, scales).astype(np.float32)},
         )
     )
+
+
+def grid(rng: np.random.Generator, shape=(6, 5), element="nf4", tensor_scale=False) -> GridArray:
+    arrays = {"scale": rng.uniform(0.5, 1, (*shape[:-1], 1)).astype(np.float32)}
+    if tensor_scale:
+        arrays["tensor_scale"] = np.full((1,) * len(shape), 0.5, np.float32)
+    return GridArray.from_parts(
+        Parts(
+            {"element": element, "blocks": [], "dtype": "float32"},
+            {"codes": Symbols(rng.integers(0, 16, shape), 16)},
+            arrays,
+        )
+    )
+
+
+def rescaled(rng: np.random.Generator, shape=(6, 5)) -> RescaledArray:
+    multiplier = rng.uniform(0.5, 2, (*shape[:-1], 1)).astype(np.float32)
+    return RescaledArray(quantized(rng, shape), jnp.asarray(multiplier), "float32")
+
+
+def rotated(rng: np.random.Generator, shape=(4, 5)) -> RotatedArray:
+    return RotatedArray(quantized(rng, shape), None, (-1,), "float32")
 
 
 def codebook(rng: np.random.Generator, shape=(6, 5), clusters=5, dtype="float32") -> CodebookArray:
@@ -122,13 +147,30 @@ def _leaf(recipe: Recipe) -> Any:
         return sparse(rng, (*shape, 7))
     if recipe.kind == "nm_sparse":
         return nm_sparse(rng, (*shape, recipe.bits * 2, 3), 2, 2 + recipe.bits)
+    if recipe.kind == "grid":
+        return grid(rng, (*shape, 4), "nf4" if recipe.on_device else "float4_e2m1fn")
+    if recipe.kind == "rescaled":
+        return rescaled(rng, (*shape, 3))
+    if recipe.kind == "rotated":
+        return rotated(rng, (*shape, 4))
     if recipe.kind == "block_sparse":
         return block_sparse(rng, (*shape, 3), (recipe.bits,) if recipe.on_device else (1,))
     array = random_bits(rng, recipe.dtype, shape)
     return jnp.asarray(array) if raw.in_jax(recipe.dtype) and recipe.on_device else array
 
 
-KINDS = ("array", "array", "quantized", "codebook", "sparse", "nm_sparse", "block_sparse")
+KINDS = (
+    "array",
+    "array",
+    "quantized",
+    "grid",
+    "codebook",
+    "sparse",
+    "nm_sparse",
+    "block_sparse",
+    "rescaled",
+    "rotated",
+)
 
 
 def recipes(kinds: tuple[str, ...] = KINDS):
@@ -262,6 +304,7 @@ def sample(tmp_path) -> bytes:
         "q": quantized(rng, (8, 9)),
         "c": [codebook(rng, (5, 4), 3), (sparse(rng, (6, 6)), None)],
         "n": [nm_sparse(rng, (4, 3)), block_sparse(rng, (2, 3), (1, 2))],
+        "w": [grid(rng, (1, 3)), rescaled(rng, (2, 3)), rotated(rng, (1, 4))],
         "b": jnp.arange(3, dtype=jnp.bfloat16),
         "flags": np.array([True, False]),
         "big": np.arange(12, dtype=np.int16),

@@ -27,9 +27,9 @@ def survives(path, data: bytes) -> bool:
 POISON = st.sampled_from(
     [None, True, False, 0, 1, -1, 2, 3, 255, 256, 65536, 2**31, 2**32, 2**53, 2**63, 2**64, 10**30,
      0.0, 1.5, -0.0, 1e308, "", "raw", "tensor", "list", "dict", "tuple", "float", "quantized",
-     "codebook", "sparse", "nm_sparse", "block_sparse", "float32", "int4", "bool", "float64",
-     "object", "range", "ans", "packed", "deflate", "constant",
-     "\ud800", "x" * 300, [], {}, [[]], [0], [-1], [2**40], [1] * 33,
+     "codebook", "sparse", "nm_sparse", "block_sparse", "grid", "rescaled", "rotated",
+     "float32", "int4", "bool", "float64", "object", "range", "ans", "packed", "deflate",
+     "constant", "\ud800", "x" * 300, [], {}, [[]], [0], [-1], [2**40], [1] * 33,
      [1] * 65, ["raw", "float32", [1]], ["list"], ["dict"], {"": None},
      ["constant", 2, [2**30], 0], ["constant", 2, [10**12], 0], ["raw", "int8", [0]]]
 )  # fmt: skip
