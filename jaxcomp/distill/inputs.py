@@ -1,0 +1,239 @@
+"""What the losses do with their inputs first: check them, choose a dtype, leave padding out.
+
+Shapes and dtypes are always checked. Values are checked where they are known; inside ``jit`` they
+are not. Everything is computed in float32, or in float64 where an array is: a loss in bfloat16 has
+three digits. What a mask leaves out is replaced by zero *before* anything is computed from it, so
+that NaN and infinity there reach neither a loss nor a gradient.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array
+
+
+def as_floats(**arrays: Any) -> tuple[Array, ...]:
+    """Arrays in the dtype that is computed in; gradients return in the dtype of each argument.
+
+    Args:
+        **arrays: by the name of the argument.
+
+    Returns:
+        The arrays in float32, or all in float64 where one of them is, in the order given.
+
+    Raises:
+        TypeError: an array is not floating point.
+
+    Example:
+        >>> student, teacher = as_floats(student=jnp.ones(2, jnp.bfloat16), teacher=jnp.ones(2))
+        >>> student.dtype
+        dtype('float32')
+    """
+    made = [jnp.asarray(array) for array in arrays.values()]
+    for name, array in zip(arrays, made, strict=True):
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(f"{name} must be floating point, got {array.dtype}: cast it.")
+    dtype = computing_dtype(*made)
+    return tuple(array.astype(dtype) for array in made)
+
+
+def computing_dtype(*arrays: Array) -> Any:
+    """float64 where an array is, else float32.
+
+    Example:
+        >>> computing_dtype(jnp.ones(2, jnp.bfloat16)).dtype
+        dtype('float32')
+    """
+    return jnp.float64 if jnp.float64 in [array.dtype for array in arrays] else jnp.float32
+
+
+def check_same_shape(remedy: str, **arrays: Array) -> None:
+    """Raise unless two arrays have one shape.
+
+    Args:
+        remedy: what to do, ending the message.
+        **arrays: two arrays by the name of the argument.
+
+    Raises:
+        ValueError: the shapes differ.
+
+    Example:
+        >>> check_same_shape("project one.", student=jnp.ones((2, 3)), teacher=jnp.ones((2, 4)))
+        Traceback (most recent call last):
+        ...
+        ValueError: student (2, 3) and teacher (2, 4) must have one shape: project one.
+    """
+    (first, a), (second, b) = arrays.items()
+    if a.shape != b.shape:
+        raise ValueError(f"{first} {a.shape} and {second} {b.shape} must have one shape: {remedy}")
+
+
+def check_same_batch(**arrays: Array) -> None:
+    """Raise unless all arrays have a first axis, of one size above 0.
+
+    Raises:
+        ValueError: they do not.
+
+    Example:
+        >>> check_same_batch(student=jnp.ones((2, 3)), teacher=jnp.ones((3, 3)))
+        Traceback (most recent call last):
+        ...
+        ValueError: student (2, 3) and teacher (3, 3) must hold the same examples on axis 0
+    """
+    sizes = {array.shape[:1] for array in arrays.values()}
+    if len(sizes) > 1 or () in sizes or (0,) in sizes:
+        told = " and ".join(f"{name} {array.shape}" for name, array in arrays.items())
+        raise ValueError(f"{told} must hold the same examples on axis 0")
+
+
+def check_axis(name: str, array: Array, axis: int) -> int:
+    """An axis counted from the front.
+
+    Raises:
+        ValueError: the array lacks it, or it is empty.
+
+    Example:
+        >>> check_axis("student", jnp.ones((2, 3)), -1)
+        1
+    """
+    shape = array.shape
+    if not -len(shape) <= axis < len(shape) or shape[axis] == 0:
+        raise ValueError(f"{name} {shape} has nothing on axis {axis}: pass the right axis=.")
+    return axis % len(shape)
+
+
+def as_mask(where: Any, *shapes: Sequence[int]) -> Array:
+    """A boolean mask that spans the first axes of a shape, as one that broadcasts against it.
+
+    Args:
+        where: None (everything counts), or boolean: of a shape of ``shapes``, or of its first axes,
+            with size 1 on axes that it spans.
+        *shapes: what the mask may mask, the same array's without and with further axes; the last
+            is the one that the result broadcasts against.
+
+    Returns:
+        A boolean array with as many axes as the last shape.
+
+    Raises:
+        TypeError: it is not boolean.
+        ValueError: it fits none of the shapes.
+
+    Example:
+        >>> as_mask(jnp.array([True, False]), (2,), (2, 5, 3)).shape
+        (2, 1, 1)
+    """
+    full = tuple(shapes[-1])
+    if where is None:
+        return jnp.ones((1,) * len(full), bool)
+    keep = jnp.asarray(where)
+    if keep.dtype != bool:
+        raise TypeError(f"where must be boolean, got {keep.dtype}: pass where != 0.")
+    for shape in map(tuple, shapes):
+        fits = all(a in (1, b) for a, b in zip(keep.shape, shape, strict=False))
+        if keep.ndim == len(shape) and fits and full[: len(shape)] == shape:
+            return keep.reshape(keep.shape + (1,) * (len(full) - keep.ndim))
+    wanted = " or ".join(str(tuple(shape)) for shape in shapes)
+    raise ValueError(f"where {keep.shape} must have the shape {wanted}, or size 1 on some axes.")
+
+
+def masked_mean(x: Array, keep: Array, axis: int | Sequence[int] | None = None) -> Array:
+    """Mean of the elements that count; 0 where none does.
+
+    Args:
+        x: any float array; it must be finite where ``keep`` is false, or have been replaced there.
+        keep: boolean, broadcasts against ``x``.
+        axis: the axes to reduce.
+
+    Example:
+        >>> print(masked_mean(jnp.array([1.0, 3.0, 100.0]), jnp.array([True, True, False])))
+        2.0
+    """
+    axes = tuple(axis) if isinstance(axis, Sequence) else axis
+    keep = jnp.broadcast_to(keep, x.shape)
+    count = jnp.sum(keep, axes, dtype=x.dtype)
+    return jnp.sum(jnp.where(keep, x, 0), axes) / jnp.maximum(count, 1)
+
+
+def normalized(x: Array, axis: int | Sequence[int] = -1) -> Array:
+    """``x`` over its Euclidean norm; a zero vector stays zero, with gradient zero.
+
+    Nothing under- or overflows: the largest magnitude is divided out first.
+
+    Args:
+        x: float array, finite.
+        axis: the axes of a vector.
+
+    Example:
+        >>> print(normalized(jnp.array([[3e30, 4e30], [0.0, 0.0]])))
+        [[0.6 0.8]
+         [0.  0. ]]
+    """
+    axes = tuple(axis) if isinstance(axis, Sequence) else (axis,)
+    top = jnp.max(jnp.abs(x), axes, keepdims=True)
+    some = top > 0
+    # A derivative in the scale would be zero: it cancels.
+    scaled = x / jax.lax.stop_gradient(jnp.where(some, top, 1))
+    square = jnp.sum(jnp.square(scaled), axes, keepdims=True)
+    return jnp.where(some, scaled / jnp.sqrt(jnp.where(some, square, 1)), 0)
+
+
+def norm(x: Array, axis: int | Sequence[int] = -1) -> Array:
+    """Euclidean norm, with gradient zero at zero; nothing under- or overflows.
+
+    Args:
+        x: float array, finite.
+        axis: the axes of a vector.
+
+    Example:
+        >>> print(norm(jnp.array([[3e30, 4e30], [0.0, 0.0]])))
+        [5.e+30 0.e+00]
+    """
+    axes = tuple(axis) if isinstance(axis, Sequence) else (axis,)
+    top = jnp.max(jnp.abs(x), axes, keepdims=True)
+    some = top > 0
+    top = jax.lax.stop_gradient(jnp.where(some, top, 1))
+    square = jnp.sum(jnp.square(x / top), axes, keepdims=True)
+    return jnp.squeeze(jnp.where(some, top * jnp.sqrt(jnp.where(some, square, 1)), 0), axes)
+
+
+def known(value: Any) -> np.ndarray | None:
+    """The value as a NumPy array; None if it is traced or lies on other hosts.
+
+    Example:
+        >>> known(2.0)
+        array(2.)
+    """
+    if isinstance(value, Tracer) or not getattr(value, "is_fully_addressable", True):
+        return None
+    return np.asarray(value)
+
+
+def check_scalar(name: str, value: Any, low: Any, high: Any, remedy: str) -> Array:
+    """A scalar as an array, in a range where it is known.
+
+    Args:
+        name: of the argument.
+        value: a number, or an array without axes, possibly traced.
+        low: the smallest that will do.
+        high: the largest that will do.
+        remedy: what it must be, ending the message.
+
+    Raises:
+        ValueError: it has axes, or is out of range or NaN.
+
+    Example:
+        >>> check_scalar("weight", 2.0, 0, 1, "must be in [0, 1]")
+        Traceback (most recent call last):
+        ...
+        ValueError: weight 2.0 must be in [0, 1].
+    """
+    array, value = jnp.asarray(value), known(value)
+    if array.ndim:
+        raise ValueError(f"{name} {array.shape} must be a scalar: use jax.vmap for one an example.")
+    if value is not None and not float(low) <= float(value) <= float(high):
+        raise ValueError(f"{name} {value} {remedy}.")
+    return array

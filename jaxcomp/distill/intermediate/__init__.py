@@ -1,0 +1,1 @@
+"""Losses between what layers of a student and of its teacher compute."""

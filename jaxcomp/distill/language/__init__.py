@@ -1,0 +1,1 @@
+"""Losses for language models, teachers kept in files, and text that students write themselves."""

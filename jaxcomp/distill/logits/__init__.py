@@ -1,0 +1,1 @@
+"""Losses between the logits of a student and of its teachers."""

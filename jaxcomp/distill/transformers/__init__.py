@@ -1,0 +1,1 @@
+"""Losses between layers of transformers, and which layer learns from which."""
