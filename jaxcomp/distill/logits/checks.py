@@ -1,0 +1,73 @@
+"""What the logit losses check first: shapes and dtypes always, values where they are known."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jaxcomp.distill.inputs import check_scalar, known
+
+
+def check_logits(student_logits: Any, teacher_logits: Any, axis: int) -> tuple[Array, Array, int]:
+    """Both as arrays, and ``axis`` from the front."""
+    student, teacher = jnp.asarray(student_logits), jnp.asarray(teacher_logits)
+    for name, array in (("student_logits", student), ("teacher_logits", teacher)):
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(f"{name} must be floating point, got {array.dtype}: cast it.")
+    shape = student.shape
+    if shape != teacher.shape:
+        message = f"student_logits {shape} and teacher_logits {teacher.shape} must have one shape"
+        raise ValueError(f"{message}: use jnp.broadcast_to, or slice both to the same classes.")
+    if not -len(shape) <= axis < len(shape) or shape[axis] == 0:
+        raise ValueError(f"logits {shape} have no class on axis {axis}: pass the classes' axis=.")
+    return student, teacher, axis % len(shape)
+
+
+def check_where(where: Any, shape: tuple[int, ...], axis: int) -> Array:
+    """The classes that count, as a mask that broadcasts against the logits."""
+    if where is None:
+        return jnp.ones((1,) * len(shape), bool)
+    keep = jnp.asarray(where)
+    if keep.dtype != bool:
+        raise TypeError(f"where must be boolean, got {keep.dtype}: pass where != 0.")
+    examples = shape[:axis] + shape[axis + 1 :]
+    for wanted in (shape, examples):
+        fits = all(a in (1, b) for a, b in zip(keep.shape, wanted, strict=False))
+        if keep.ndim == len(wanted) and fits:
+            return keep if wanted == shape else jnp.expand_dims(keep, axis)
+    raise ValueError(
+        f"where {keep.shape} fits neither the logits {shape} (classes that count) nor {examples} "
+        "(examples that count): give it one of these shapes, or size 1 on the axes it spans."
+    )
+
+
+def check_labels(labels: Any, shape: tuple[int, ...], keep: Array, axis: int) -> Array:
+    """Class ids, wide enough to be compared with any class, or target probabilities."""
+    array = jnp.asarray(labels)
+    examples, classes = shape[:axis] + shape[axis + 1 :], shape[axis]
+    if array.shape == shape and not jnp.issubdtype(array.dtype, jnp.complexfloating):
+        return array
+    if array.shape != examples:
+        raise ValueError(
+            f"labels {array.shape} {array.dtype} must be class ids of shape {examples} or real "
+            f"target probabilities of shape {shape}, as logits {shape} have classes on axis {axis}."
+        )
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        message = f"labels {array.shape} are class ids and must be integers, got {array.dtype}"
+        raise TypeError(f"{message}: cast them, or pass target probabilities of shape {shape}.")
+    ids, counts = known(labels), known(keep)
+    if ids is not None and counts is not None:
+        read = np.broadcast_to(counts.any(axis), examples)
+        unknown = ids[read & ((ids < 0) | (ids >= classes))]
+        if unknown.size:
+            message = f"labels hold {unknown[0]}, but logits have classes 0 to {classes - 1}"
+            raise ValueError(f"{message}: map labels to these, or leave examples out with where=.")
+    return array.astype(jnp.int32) if array.dtype.itemsize < 4 else array
+
+
+def check_temperature(temperature: Any, dtype: Any) -> Array:
+    """In the dtype that is computed in, which must hold it and its half."""
+    low, high = 2 * jnp.finfo(dtype).tiny, jnp.finfo(dtype).max
+    remedy = "must be positive and finite: 1 to 20 is usual"
+    return check_scalar("temperature", temperature, low, high, remedy).astype(dtype)
