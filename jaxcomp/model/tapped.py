@@ -2,7 +2,7 @@
 
 No hooks, no second model: the operations of the program are bound again, one by one, and a state is
 handed from one to the next, into loops and branches and out of them. It all happens inside ``jit``.
-A *tap* looks at what an operation reads; a *swap* stands in its place.
+A *tap* looks at what an operation reads or makes; a *swap* stands in its place.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,11 +31,13 @@ class Tap(NamedTuple):
         loops: the ``scan`` operations around it whose turns have an entry each, outermost first.
             The entry then has a leading axis for each of them.
         fold: ``fold(entry, inputs) -> entry``, from the values that the operation reads.
+        after: give ``fold`` what the operation makes instead.
     """
 
     key: str
     loops: tuple[Op, ...]
     fold: Callable[[Any, tuple[Any, ...]], Any]
+    after: bool = False
 
 
 class Swap(NamedTuple):
@@ -152,7 +154,8 @@ def _block(
             results = bind(op, *inputs)
         held.update(zip(op.outputs, results, strict=True))
         for tap in plan.taps.get(op, ()):
-            state = {**state, tap.key: tap.fold(state[tap.key], inputs)}
+            seen = tuple(results) if tap.after else inputs
+            state = {**state, tap.key: tap.fold(state[tap.key], seen)}
     return [value(output) for output in block.outputs], state
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxcomp import tree as tree_lib
 from jaxcomp.model import tapped
 from jaxcomp.model.program import Block, Op, Program, Value, wirings
+from jaxcomp.model.reach import reached
 from jaxcomp.model.uses import find_uses, live_ops
 from jaxcomp.quantize.formats import AnyFormat, PerChannel
 
@@ -91,8 +92,8 @@ def find_points(program: Program) -> Found:
         >>> [point.name for point in found.products]
         ['query', 'dot_general#2/lhs', 'dot_general#2/rhs']
     """
-    data = _reached(program, program.inputs)
-    weights = _reached(program, program.leaves.values()) - data
+    data = reached(program, program.inputs)
+    weights = reached(program, program.leaves.values()) - data
     alive = set(_alive(program.block))
     met: dict[Op, list[str]] = {}
     for use in find_uses(program):
@@ -221,28 +222,6 @@ def _matched(table: Iterable[str], products: list[str], others: list[str]) -> di
         for name in matched:
             taken.setdefault(name, pattern)
     return taken
-
-
-def _reached(program: Program, start: Iterable[Value]) -> set[Value]:
-    """The values that depend on any of some values."""
-    found = set(start)
-
-    def visit(block: Block) -> None:
-        for op in block.ops:
-            for wiring in wirings(op):
-                found.update(link.inner for link in wiring.enter if link.outer in found)
-                visit(wiring.block)
-                while news := {b for a, b in wiring.carry if a in found and b not in found}:
-                    found.update(news)
-                    visit(wiring.block)
-                found.update(link.outer for link in wiring.leave if link.inner in found)
-            # Which branch is taken, the data may decide.
-            plain = not op.blocks or (op.name == "cond" and op.inputs[0] in found)
-            if plain and not found.isdisjoint(op.inputs):
-                found.update(op.outputs)
-
-    visit(program.block)
-    return found
 
 
 def _alive(block: Block) -> Iterator[Op]:
