@@ -65,9 +65,9 @@ def project(
         projection: of :func:`init_projection`, or any such dict with a ``"kernel"``.
         features: float array with the kernel's first size on ``axis``.
         axis: the channel axis.
-        where: boolean, of the features' shape without ``axis``: others are read as 0. Only needed
-            where what does not count may be NaN or infinite: the loss after this has a mask too,
-            but zero times NaN would reach the gradient of the kernel.
+        where: boolean, (batch,) or the features' shape without ``axis``: what counts; the rest is
+            read as 0. Only needed if the rest may be NaN or infinite: a loss after this has its
+            own mask, but zero times NaN would reach the gradient of the kernel.
 
     Returns:
         ``features`` with the kernel's second size on ``axis``; float32, or float64 if an array is.
@@ -92,7 +92,8 @@ def project(
         raise ValueError(f"{message}, as the kernel {kernel.shape} has: pass the right axis=.")
     features = jnp.moveaxis(features, axis, -1)
     if where is not None:
-        features = jnp.where(as_mask(where, features.shape[:-1], features.shape), features, 0)
+        shape = features.shape
+        features = jnp.where(as_mask(where, shape[:1], shape[:-1], shape), features, 0)
     projected = features @ kernel
     if "bias" in projection:
         projected = projected + jnp.asarray(projection["bias"]).astype(projected.dtype)
