@@ -90,8 +90,8 @@ def check_same_batch(**arrays: Array) -> None:
         raise ValueError(f"{told} must hold the same examples on axis 0")
 
 
-def check_axis(name: str, array: Array, axis: int) -> int:
-    """An axis counted from the front.
+def check_axis(name: str, array: Any, axis: int) -> int:
+    """An axis of an array, or of a ``jax.ShapeDtypeStruct``, counted from the front.
 
     Raises:
         ValueError: the array lacks it, or it is empty.
@@ -173,12 +173,9 @@ def normalized(x: Array, axis: int | Sequence[int] = -1) -> Array:
          [0.  0. ]]
     """
     axes = tuple(axis) if isinstance(axis, Sequence) else (axis,)
-    top = jnp.max(jnp.abs(x), axes, keepdims=True)
-    some = top > 0
-    # A derivative in the scale would be zero: it cancels.
-    scaled = x / jax.lax.stop_gradient(jnp.where(some, top, 1))
+    scaled, top = _over_largest(x, axes)
     square = jnp.sum(jnp.square(scaled), axes, keepdims=True)
-    return jnp.where(some, scaled / jnp.sqrt(jnp.where(some, square, 1)), 0)
+    return jnp.where(top != 0, scaled / jnp.sqrt(jnp.where(top != 0, square, 1)), 0)
 
 
 def norm(x: Array, axis: int | Sequence[int] = -1) -> Array:
@@ -193,11 +190,20 @@ def norm(x: Array, axis: int | Sequence[int] = -1) -> Array:
         [5.e+30 0.e+00]
     """
     axes = tuple(axis) if isinstance(axis, Sequence) else (axis,)
-    top = jnp.max(jnp.abs(x), axes, keepdims=True)
-    some = top > 0
-    top = jax.lax.stop_gradient(jnp.where(some, top, 1))
-    square = jnp.sum(jnp.square(x / top), axes, keepdims=True)
-    return jnp.squeeze(jnp.where(some, top * jnp.sqrt(jnp.where(some, square, 1)), 0), axes)
+    scaled, top = _over_largest(x, axes)
+    square = jnp.sum(jnp.square(scaled), axes, keepdims=True)
+    return jnp.squeeze(jnp.where(top != 0, top * jnp.sqrt(jnp.where(top != 0, square, 1)), 0), axes)
+
+
+def _over_largest(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    """``x`` over its largest magnitude, and that: 0 where all is 0, NaN where something is.
+
+    The derivative in the magnitude is left out: in a norm, or what is divided by one, it cancels.
+    """
+    top = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axes, keepdims=True))
+    # XLA may multiply by the reciprocal, and flush that to zero where it is subnormal.
+    shrink = jnp.where(top > 1, 0.0625, 1).astype(x.dtype)
+    return (x * shrink) / jnp.where(top != 0, top * shrink, 1), top
 
 
 def known(value: Any) -> np.ndarray | None:
