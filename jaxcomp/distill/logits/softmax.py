@@ -43,6 +43,23 @@ def softmax(logits: Array, keep: Array, temperature: Any, axis: int) -> Softmax:
     return Softmax(possible, half, top, scaled, exponential, jnp.where(total == 0, 1, total))
 
 
+def entropy_of(logits: Array, temperature: Array, keep: Array, axis: int) -> Array:
+    """Nats; relative accuracy also where one class has nearly all. NaN for a temperature <= 0."""
+    s = softmax(logits, keep, jnp.where(temperature > 0, temperature, jnp.nan), axis)
+    # log(total) through what the first maximum adds to: near one its digits would be gone.
+    first = jnp.argmax(s.scaled, axis, keepdims=True)
+    first = (jax.lax.broadcasted_iota(first.dtype, logits.shape, axis) == first) & s.possible
+    rest = jnp.sum(s.exponential - first, axis)
+    fall = jnp.where(s.scaled == -jnp.inf, 0, -s.scaled)
+    return jnp.log1p(rest) + jnp.sum(s.probabilities * fall, axis)
+
+
+def is_class(labels: Array, shape: tuple[int, ...], axis: int) -> Array:
+    """One-hot of class ids. Compared, not gathered: the same on every sharding, and fused."""
+    ids = jnp.expand_dims(labels, axis)
+    return ids == jax.lax.broadcasted_iota(labels.dtype, shape, axis)
+
+
 def compare(
     student: Array, teacher: Array, temperature: Array, keep: Array, axis: int
 ) -> tuple[Softmax, Softmax, Array]:
@@ -145,9 +162,7 @@ def cross_entropy(logits: Array, labels: Array, keep: Array, axis: int) -> Array
     """From class ids or target probabilities; NaN where an id that is read is no class."""
     targets, unknown = labels, False
     if labels.ndim < logits.ndim:
-        # Compared, not gathered: the same on every sharding, and fused into the sum.
-        ids = jnp.expand_dims(labels, axis)
-        targets = ids == jax.lax.broadcasted_iota(labels.dtype, logits.shape, axis)
+        targets = is_class(labels, logits.shape, axis)
         unknown = ((labels < 0) | (labels >= logits.shape[axis])) & jnp.any(keep, axis)
     targets = jnp.where(keep, targets.astype(logits.dtype), 0)
     s = softmax(logits, keep, 1.0, axis)
