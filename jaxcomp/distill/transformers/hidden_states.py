@@ -5,6 +5,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
 
 from jaxcomp.distill.inputs import as_floats, as_mask, check_axis, check_same_shape, normalized
+from jaxcomp.distill.intermediate.hint import hint_loss
 
 
 def hidden_state_loss(
@@ -52,17 +53,16 @@ def hidden_state_loss(
 
     Jiao et al., "TinyBERT", 2020, eqs. 8, 9; Sanh et al., "DistilBERT", 2019, section 3.
     """
-    if kind not in ("squared", "cosine"):
+    if kind == "squared":
+        return hint_loss(student, teacher, axis=axis, where=where)
+    if kind != "cosine":
         raise ValueError(f'kind {kind!r} must be "squared" or "cosine".')
     s, t = as_floats(student=student, teacher=teacher)
     check_same_shape("project the student, or slice both.", student=s, teacher=t)
     axis = check_axis("student", s, axis)
-    tokens = s.shape[:axis] + s.shape[axis + 1 :]
-    keep = as_mask(where, tokens)
+    keep = as_mask(where, s.shape[:axis] + s.shape[axis + 1 :])
     wide = jnp.expand_dims(keep, axis)
     s, t = jnp.where(wide, s, 0), jnp.where(wide, t, 0)
-    if kind == "squared":
-        return jnp.mean(jnp.square(s - t), axis)
     # Half the squared chord between unit vectors: never below 0, and small angles keep digits.
     s_unit, t_unit = normalized(s, axis), normalized(t, axis)
     loss = 0.5 * jnp.sum(jnp.square(s_unit - t_unit), axis)
