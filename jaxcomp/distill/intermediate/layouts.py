@@ -1,4 +1,8 @@
-"""What the losses take features for: maps over positions, or one row an example."""
+"""What the losses take features for: maps over positions, or one row an example.
+
+Under a mesh with explicit axes an example is gathered to one device, and so is what all examples
+are compared with; under automatic axes XLA decides.
+"""
 
 from typing import Any
 
@@ -38,7 +42,7 @@ def as_maps(axis: int, where: Any, **arrays: Any) -> tuple[list[Array], list[Arr
         if at == 0 or x.ndim < 3 or 0 in x.shape:
             message = f"{name} {x.shape} must be (batch, *positions, channels)"
             raise ValueError(f"{message}, with something on each axis: pass the right axis=.")
-        x = jnp.moveaxis(x, at, -1)
+        x = jnp.moveaxis(gathered(x, 1), at, -1)
         keep = jnp.broadcast_to(as_mask(where, x.shape[:1], x.shape[:-1]), x.shape[:-1])
         maps.append(jnp.where(keep[..., None], x, 0))
         masks.append(keep)
@@ -90,7 +94,8 @@ def as_rows(student: Any, teacher: Any, where: Any) -> tuple[Array, Array, Array
             raise ValueError(f"{name} {x.shape} must be (batch, ...), with features an example.")
     batch = len(s)
     keep = jnp.broadcast_to(as_mask(where, (batch,)), (batch,))
-    s, t = (jnp.where(keep[:, None], x.reshape(batch, -1), 0) for x in (s, t))
+    s, t = (gathered(x, 1).reshape(batch, -1) for x in (s, t))
+    s, t = (jnp.where(keep[:, None], x, 0) for x in (s, t))
     return s, t, keep
 
 
@@ -103,7 +108,18 @@ def pairs(keep: Array) -> Array:
          [1 0 0]
          [0 0 0]]
     """
-    return keep[:, None] & keep[None, :] & ~jnp.eye(len(keep), dtype=bool)
+    return all_pairs(keep) & ~jnp.eye(len(keep), dtype=bool)
+
+
+def all_pairs(keep: Array) -> Array:
+    """(batch, batch): the pairs of examples that both count, each with itself too.
+
+    Example:
+        >>> print(all_pairs(jnp.array([True, False])).astype(int))
+        [[1 0]
+         [0 0]]
+    """
+    return keep[:, None] & gathered(keep)[None, :]
 
 
 def products(x: Array) -> Array:
@@ -114,7 +130,28 @@ def products(x: Array) -> Array:
         [[ 5. 11.]
          [11. 25.]]
     """
-    return jnp.matmul(x, x.T, precision=jax.lax.Precision.HIGHEST)
+    return jnp.matmul(x, gathered(x).T, precision=jax.lax.Precision.HIGHEST)
+
+
+def gathered(x: Array, kept: int = 0) -> Array:
+    """The array with only its first axes sharded; as it is, unless a mesh has explicit axes.
+
+    Args:
+        x: any array.
+        kept: how many axes stay sharded.
+
+    Example:
+        >>> mesh = jax.make_mesh((len(jax.devices()),), ("batch",))
+        >>> rows = jax.NamedSharding(mesh, jax.P("batch"))
+        >>> x = jax.device_put(jnp.ones(len(jax.devices())), rows)
+        >>> tuple(jax.typeof(gathered(x)).sharding.spec)
+        (None,)
+    """
+    sharding = jax.typeof(x).sharding
+    spec = jax.P(*sharding.spec[:kept], *[None] * (x.ndim - kept))
+    if spec == sharding.spec:
+        return x
+    return jax.sharding.reshard(x, jax.NamedSharding(sharding.mesh, spec))
 
 
 def scaled(x: Array) -> Array:

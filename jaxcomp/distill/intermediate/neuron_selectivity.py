@@ -56,35 +56,36 @@ def neuron_selectivity_loss(
         [0.  0.5]
 
     Huang and Wang, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer", 2017,
-    eqs. 3, 4.
+    section 4.
     """
     if kernel not in ("linear", "polynomial", "gaussian"):
         raise ValueError(f'kernel {kernel!r} must be "linear", "polynomial" or "gaussian".')
     if bandwidth is not None and kernel != "gaussian":
         raise ValueError(f'bandwidth {bandwidth} is of kernel="gaussian", not of {kernel!r}.')
-    (s, t), _ = as_maps(axis, where, student=student, teacher=teacher)
+    (s, t), (keep, _) = as_maps(axis, where, student=student, teacher=teacher)
     check_same_positions(student=s, teacher=t)
     if bandwidth is not None:
         tiny, top = jnp.finfo(jnp.float32).tiny, jnp.finfo(jnp.float32).max
         bandwidth = check_scalar("bandwidth", bandwidth, tiny, top, "must be positive and finite")
         bandwidth = bandwidth.astype(s.dtype)
-    return _loss(s, t, bandwidth, kernel)
+    some = jnp.any(keep, range(1, keep.ndim))
+    return _loss(s, t, some, bandwidth, kernel)
 
 
 @functools.partial(jax.jit, static_argnames="kernel")
-def _loss(student: Array, teacher: Array, bandwidth: Array | None, kernel: str) -> Array:
+def _loss(
+    student: Array, teacher: Array, keep: Array, bandwidth: Array | None, kernel: str
+) -> Array:
     points = [normalized(x.reshape(len(x), -1, x.shape[-1]), 1) for x in (student, teacher)]
     both = jnp.concatenate(points, -1)
     products = jnp.einsum("bpi,bpj->bij", both, both, precision=jax.lax.Precision.HIGHEST)
     # The mean of the student's points less that of the teacher's, in the kernel's space.
     counts = [x.shape[-1] for x in points]
-    share = jnp.repeat(
-        jnp.array([1 / counts[0], -1 / counts[1]], both.dtype),
-        jnp.array(counts),
-        total_repeat_length=sum(counts),
-    )
+    signed = [jnp.full(count, sign / count) for sign, count in zip((1, -1), counts, strict=True)]
+    share = jnp.concatenate(signed).astype(both.dtype)
     values = _kernel(products, bandwidth, kernel)
-    return jnp.einsum("i,bij,j->b", share, values, share, precision=jax.lax.Precision.HIGHEST)
+    losses = jnp.einsum("i,bij,j->b", share, values, share, precision=jax.lax.Precision.HIGHEST)
+    return jnp.where(keep, losses, 0)
 
 
 def _kernel(products: Array, bandwidth: Array | None, kernel: str) -> Array:
