@@ -82,7 +82,7 @@ def measure(options: Options, data: images_lib.Dataset) -> dict[str, list[Tested
         train_logits, test_logits = (
             models.logits_of(module, params, x) for x in (data.train_images, data.test_images)
         )
-        found = {"teacher": [models.tested(test_logits, data.test_labels)]}
+        found = {"teacher": [models.judged(test_logits, data.test_labels)]}
         facts = (options.teacher, DROPOUT, options.student, data.name, len(data.train_labels))
         steps = options.student.epochs * (len(data.train_labels) // BATCH)
         for name, lesson in LESSONS.items():
@@ -101,7 +101,7 @@ def measure(options: Options, data: images_lib.Dataset) -> dict[str, list[Tested
                 progress.update(bar, completed=steps * (i + 1))
                 logits = models.logits_of(Mlp(options.student.width), student, data.test_images)
                 labels = data.test_labels
-                found.setdefault(name, []).append(models.tested(logits, labels, lesson.unseen))
+                found.setdefault(name, []).append(models.judged(logits, labels, lesson.unseen))
     return found
 
 

@@ -165,7 +165,7 @@ class Tested(NamedTuple):
     loss: float
 
 
-def tested(logits: np.ndarray, labels: np.ndarray, unseen: int | None = None) -> Tested:
+def judged(logits: np.ndarray, labels: np.ndarray, unseen: int | None = None) -> Tested:
     wrong = logits.argmax(-1) != labels
     losses = optax.losses.softmax_cross_entropy_with_integer_labels(jnp.asarray(logits), labels)
     return Tested(int(wrong.sum()), int((wrong & (labels == unseen)).sum()), float(losses.mean()))
