@@ -121,11 +121,11 @@ def write_teacher(
         file = None
         for top in batches(done):
             made = _layout_of(top, dtype)
+            _check_same(f"batch {number}", made, "those before it", layout or made)
+            payload, shape = encode(top, made), np.shape(top.indices)[:-1]
             if layout is None:
                 write_file(target, [records.header_bytes(made, told)])
                 layout = made
-            _check_same(f"batch {number}", made, "those before it", layout)
-            payload, shape = encode(top, layout), np.shape(top.indices)[:-1]
             file = file or stack.enter_context(open(target, "ab"))
             file.write(records.record_head(payload, number, shape))
             file.write(payload)
