@@ -110,6 +110,7 @@ def review_loss(
     arrays = as_floats(**named)
     students, teachers = arrays[: len(students)], arrays[len(students) :]
     _check(students, teachers)
+    check_same_batch(**{f"students[{i}]": x for i, x in enumerate(students)})
     if len(params) != len(students):
         raise ValueError(f"params of {len(params)} levels, but students have {len(students)}.")
     keep = as_mask(where, students[0].shape[:1], students[0].shape)
@@ -183,7 +184,6 @@ def _check(students: Sequence[Any], teachers: Sequence[Any]) -> None:
     if len(students) != len(teachers) or not students:
         message = f"{len(students)} levels of students and {len(teachers)} of teachers"
         raise ValueError(f"{message} must be as many, and one at least.")
-    check_same_batch(**{f"students[{i}]": x for i, x in enumerate(students)})
     for i, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
         for name, maps in (("students", student), ("teachers", teacher)):
             if len(maps.shape) != 4 or 0 in maps.shape:

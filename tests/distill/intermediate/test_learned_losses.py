@@ -374,3 +374,50 @@ def test_sharded_over_the_batch(name):
     features, where = jax.device_put((features, KEPT), place)
     actual = run(name, params, *features, where=where)
     close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@every_loss
+def test_parameters_are_made_from_shapes_alone(name):
+    case = CASES[name]
+    params, *features = case.inputs()
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), features)
+    made = jax.eval_shape(lambda key: case.init(key, *shapes), jax.random.key(0))
+    assert jax.tree.map(np.shape, made) == jax.tree.map(np.shape, params)
+    assert {x.dtype for x in jax.tree.leaves(made)} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("match", "call"),
+    [
+        ("variance 0 must", lambda s, t: init_variational(None, s, t, variance=0)),
+        ("minimum 0", lambda s, t: variational_loss(variational_params(s, t), s, t, minimum=0)),
+        ("all axes but 2", lambda s, t: variational_loss(variational_params(s, t), s[:, 1:], t)),
+        ("channels on axis 2", lambda s, t: variational_loss(variational_params(t, t), s, t)),
+        ("make params for these", lambda s, t: variational_loss(variational_params(s, s), s, t)),
+        ("rate 0.1 of 4 channels", lambda s, t: init_paraphraser(None, t, rate=0.1)),
+        ("positions..., channels", lambda s, t: init_paraphraser(None, t[0])),
+        ("as the parameters were made", lambda s, t: paraphrase(paraphraser_params(s), t)),
+        ("order 3 must be", lambda s, t: factor_transfer_loss(t, t, order=3)),
+        ("translate or resize", lambda s, t: factor_transfer_loss(s, t)),
+        ("2 levels of students and 1", lambda s, t: init_review(None, [s, s], [t], 2)),
+        ("students.0. .* must be .batch, height", lambda s, t: init_review(None, [s], [t], 2)),
+        ("resize the student's", lambda s, t: init_review(None, [s[None]], [t[None, :5]], 2)),
+        ("width 0 must", lambda s, t: init_review(None, [s[None]], [t[None]], 0)),
+        ("params of 0 levels", lambda s, t: review_loss([], [s[None]], [t[None]])),
+    ],
+)
+def test_what_does_not_fit_is_told(match, call):
+    student, teacher = np.ones((8, 6, 3), np.float32), np.ones((8, 6, 4), np.float32)
+    with pytest.raises(ValueError, match=match):
+        call(student, teacher)
+
+
+def variational_params(student, teacher):
+    kernel = np.ones((student.shape[-1], teacher.shape[-1]), np.float32)
+    raw = np.ones(teacher.shape[-1], np.float32)
+    return {"projection": {"kernel": kernel}, "raw_variance": raw}
+
+
+def paraphraser_params(teacher):
+    shapes = jax.eval_shape(lambda key: init_paraphraser(key, teacher), jax.random.key(0))
+    return jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
