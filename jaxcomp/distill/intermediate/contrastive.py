@@ -62,7 +62,7 @@ def init_contrastive(
         {'student': {'bias': (128,), 'kernel': (16, 128)},
          'teacher': {'bias': (128,), 'kernel': (48, 128)}}
 
-    Tian, Krishnan and Isola, "Contrastive Representation Distillation", 2020, section 3.2.
+    Tian, Krishnan and Isola, "Contrastive Representation Distillation", 2020, section 3.
     """
     out = jax.ShapeDtypeStruct((1, features), jnp.float32)
     keys, heads = jax.random.split(key), {}
@@ -165,7 +165,7 @@ def contrastive_loss(
         >>> losses.shape, bool(memory.begun)
         ((4,), True)
 
-    Tian, Krishnan and Isola, "Contrastive Representation Distillation", 2020, eqs. 10, 18, 19.
+    Tian, Krishnan and Isola, "Contrastive Representation Distillation", 2020, section 3.
     """
     s, t, keep = _embed(heads, student, teacher, where)
     memory = ContrastiveMemory(*map(jnp.asarray, memory))

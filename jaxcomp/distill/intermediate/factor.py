@@ -118,7 +118,7 @@ def paraphrase_loss(
         >>> paraphrase_loss(paraphraser, teacher).shape
         (2,)
 
-    Kim, Park and Kwak, "Paraphrasing Complex Network", 2018, eq. 2.
+    Kim, Park and Kwak, "Paraphrasing Complex Network", 2018, section 3.1.
     """
     (t,) = as_floats(teacher=teacher)
     rebuilt = _run(paraphraser["decoder"], "factor", paraphrase(paraphraser, t, where=where), where)
@@ -225,7 +225,7 @@ def factor_transfer_loss(
         >>> print(factor_transfer_loss(student, teacher, order=2).round(3))
         [0.    1.414]
 
-    Kim, Park and Kwak, "Paraphrasing Complex Network", 2018, eq. 3.
+    Kim, Park and Kwak, "Paraphrasing Complex Network", 2018, section 3.2.
     """
     if order not in (1, 2):
         raise ValueError(f"order {order} must be 1 or 2.")

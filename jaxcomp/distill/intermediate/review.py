@@ -103,7 +103,7 @@ def review_loss(
         >>> review_loss(params, students, teachers).shape
         (2,)
 
-    Chen et al., "Distilling Knowledge via Knowledge Review", 2021, section 3.2, eq. 6.
+    Chen et al., "Distilling Knowledge via Knowledge Review", 2021, sections 3.2, 3.3.
     """
     named = {f"student_{i}": x for i, x in enumerate(students)}
     named |= {f"teacher_{i}": x for i, x in enumerate(teachers)}

@@ -39,7 +39,7 @@ def init_variational(
         >>> jax.tree.map(jnp.shape, made)
         {'projection': {'bias': (64,), 'kernel': (16, 64)}, 'raw_variance': (64,)}
 
-    Ahn et al., "Variational Information Distillation for Knowledge Transfer", 2019, section 2.2.
+    Ahn et al., "Variational Information Distillation for Knowledge Transfer", 2019, section 2.
     """
     if not 0 < variance < math.inf:
         raise ValueError(f"variance {variance} must be positive and finite: 5 is usual.")
@@ -90,7 +90,7 @@ def variational_loss(
         >>> print(variational_loss(params, 0 * student, teacher + 2.0)[0].round(3))
         [2. 2. 2. 2. 2.]
 
-    Ahn et al., "Variational Information Distillation for Knowledge Transfer", 2019, eqs. 5, 6.
+    Ahn et al., "Variational Information Distillation for Knowledge Transfer", 2019, section 2.
     """
     s, t, raw = as_floats(student=student, teacher=teacher, raw_variance=params["raw_variance"])
     axis = check_axis("teacher", t, axis)
