@@ -12,6 +12,8 @@ os.environ.setdefault(
 )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+# Otherwise where the cache lies is part of every key in it, and a moved or copied one is never hit.
+os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"
 
 from jaxtyping import install_import_hook
 
@@ -19,7 +21,29 @@ import tests.typechecker  # noqa: F401
 
 install_import_hook("jaxcomp", "tests.typechecker.check")
 
+import jax  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 settings.register_profile("default", deadline=None, max_examples=30)
 settings.load_profile("default")
+
+# JAX keeps the last 2,048 programs it lowered, each in a compiler context of 3 MB, and each one
+# kept makes the next slower to compile: by half after 1,000. What is forgotten here and met again
+# is read back from the cache on disk.
+KEPT_PROGRAMS = 200
+_programs: list[float] = []
+
+
+def _count_program(event: str, seconds: float, **_: object) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+        _programs.append(seconds)
+
+
+jax.monitoring.register_event_duration_secs_listener(_count_program)
+
+
+def pytest_runtest_logfinish() -> None:
+    """Between two tests, forget the programs of those before."""
+    if len(_programs) > KEPT_PROGRAMS:
+        _programs.clear()
+        jax.clear_caches()
