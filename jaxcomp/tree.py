@@ -254,12 +254,17 @@ def check_weight(path: str, leaf: Any) -> None:
     if isinstance(leaf, (np.ndarray, jax.Array)) and not isinstance(leaf, jax.core.Tracer):
         # Known weights may be looked at inside a trace too, where they are closed over.
         with jax.ensure_compile_time_eval():
-            bad = int(jnp.sum(~jnp.isfinite(leaf)))
+            bad = int(_broken(leaf))
         if bad:
             raise ValueError(
                 f"{path}: {bad} of {leaf.size} values are NaN or infinite: "
                 "mend the weights before compressing"
             )
+
+
+@jax.jit
+def _broken(leaf: jax.Array) -> jax.Array:
+    return jnp.sum(~jnp.isfinite(leaf))
 
 
 def nearest(name: str, paths: Iterable[str], count: int = 3) -> str:
