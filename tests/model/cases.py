@@ -85,18 +85,18 @@ def randomize(tree: Any, seed: int = 0) -> Any:
         else:
             fan_in = max(int(np.prod(shape[:-1])), 1) if len(shape) > 1 else 4
             value = rng.normal(size=shape) / fan_in**0.5
-        leaves.append(jax.numpy.asarray(value.astype(leaf.dtype)))
+        leaves.append(jax.device_put(value.astype(leaf.dtype)))
     return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
 def normal(*shape: int, seed: int = 1) -> jax.Array:
     """A random input."""
-    return jax.numpy.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
+    return jax.device_put(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
 
 
 def tokens(*shape: int, vocabulary: int, seed: int = 1) -> jax.Array:
     """Random token numbers."""
-    return jax.numpy.asarray(
+    return jax.device_put(
         np.random.default_rng(seed).integers(vocabulary, size=shape).astype(np.int32)
     )
 

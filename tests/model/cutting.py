@@ -3,7 +3,6 @@
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxcomp import tree as tree_lib
@@ -48,8 +47,8 @@ def cut(apply_fn: Any, params: Any, inputs: Any, seed: int = 0, renormalize: boo
         # Written without the package's own code for this, which is what is tested.
         # In NumPy, since indexing with JAX compiles a program for every shape.
         whole = np.asarray(leaf)
-        masked[path] = leaf if leaf.ndim == 0 else jnp.asarray(np.where(mask, whole, whole * 0))
-        small[path] = leaf if leaf.ndim == 0 else jnp.asarray(whole[np.ix_(*kept[path])])
+        masked[path] = leaf if leaf.ndim == 0 else jax.device_put(np.where(mask, whole, whole * 0))
+        small[path] = leaf if leaf.ndim == 0 else jax.device_put(whole[np.ix_(*kept[path])])
     structure = jax.tree.structure(params)
     return Pair(
         groups,

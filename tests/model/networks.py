@@ -109,7 +109,7 @@ def _weights(rng: Any, made: Made) -> dict[str, Any]:
     weights = {}
     for name, shape in made.weights.items():
         if name == "var":
-            weights[name] = jnp.asarray(rng.uniform(0.5, 1.5, shape).astype(np.float32))
+            weights[name] = jax.device_put(rng.uniform(0.5, 1.5, shape).astype(np.float32))
         else:
             # The root of the mean size of the axes: near enough to a fan-in for any layout.
             scale = np.prod(shape) ** (0.5 / len(shape)) if len(shape) > 1 else 1.0
@@ -119,4 +119,4 @@ def _weights(rng: Any, made: Made) -> dict[str, Any]:
 
 def _normal(rng: Any, shape: Shape, scale: float = 1.0) -> Any:
     # In NumPy: with JAX every shape would be compiled for.
-    return jnp.asarray((rng.normal(size=shape) / scale).astype(np.float32))
+    return jax.device_put((rng.normal(size=shape) / scale).astype(np.float32))

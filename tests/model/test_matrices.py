@@ -20,7 +20,9 @@ from jaxcomp.model.statistics import Statistic
 
 
 def normal(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng((seed, *shape)).normal(size=shape), jnp.float32)
+    return jax.device_put(
+        np.random.default_rng((seed, *shape)).normal(size=shape).astype(np.float32)
+    )
 
 
 def all_samples(count):

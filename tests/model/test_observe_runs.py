@@ -29,7 +29,9 @@ from tests.model import zoo
 
 
 def normal(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng((seed, *shape)).normal(size=shape).astype(np.float32))
+    return jax.device_put(
+        np.random.default_rng((seed, *shape)).normal(size=shape).astype(np.float32)
+    )
 
 
 PARAMS = {"first": normal(4, 6), "second": normal(6, 3)}

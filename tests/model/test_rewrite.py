@@ -21,7 +21,7 @@ KEPT = {"a": (None, STAY), "b": (STAY,), "c": (STAY, None)}
 
 
 def normal(*shape):
-    return jnp.asarray(RNG.normal(size=shape).astype(np.float32))
+    return jax.device_put(RNG.normal(size=shape).astype(np.float32))
 
 
 FULL = {"a": normal(6, 8), "b": normal(8), "c": normal(8, 4)}
