@@ -86,6 +86,11 @@ def hinton_loss(
     is the same, and zero means that student and teacher agree. The form ``CE + c * T**2 * KL`` is
     ``(1 + c) * hinton_loss(..., weight=c / (1 + c))``.
 
+    Smoothed labels are target probabilities: ``optax.smooth_labels(jax.nn.one_hot(labels, classes),
+    0.1)``. The teacher had better not be trained on such: they let it forget which of the wrong
+    classes an example resembles, which is what it has to teach (Müller, Kornblith and Hinton, "When
+    Does Label Smoothing Help?", 2019, section 4).
+
     Args:
         student_logits: float array of any shape and float dtype; ``axis`` runs over the classes.
         teacher_logits: float array of the same shape; its dtype may differ.

@@ -200,14 +200,14 @@ each = pytest.mark.parametrize("name", CASES)
 
 @functools.cache
 def compiled(name):
-    """``(student, teacher, where, T, weight) -> losses, gradients of their sum``."""
+    """``(student, teacher, where, T, weight) -> losses, gradients of their sum`` in the floats."""
 
     def total(student, teacher, *args):
         losses = CASES[name].loss(student, teacher, *args)
         return losses.sum(), losses
 
     def both(*args):
-        (_, losses), gradients = jax.value_and_grad(total, (0, 1), has_aux=True)(*args)
+        (_, losses), gradients = jax.value_and_grad(total, (0, 1, 3, 4), has_aux=True)(*args)
         return losses, gradients
 
     return jax.jit(both)
@@ -216,7 +216,8 @@ def compiled(name):
 def run(name, student, teacher, where=None):
     keep = np.ones(student.shape, bool) if where is None else where
     losses, gradients = compiled(name)(student, teacher, keep, T, WEIGHT)
-    return np.asarray(losses), [np.asarray(g) for g in gradients]
+    assert np.isfinite(gradients[2:]).all() or not np.abs(losses).max() < 1e37
+    return np.asarray(losses), [np.asarray(g) for g in gradients[:2]]
 
 
 def logits(spread=3.0, seed=0, dtype=np.float32):
@@ -265,6 +266,20 @@ def test_values_and_gradients_are_those_of_a_float64_form(name):
         np.testing.assert_allclose(low, losses, rtol=2e-5, atol=1e-6)
         for a, b in zip(low_gradients, gradients, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@each
+def test_temperature_and_weight_may_be_learned(name):
+    with jax.enable_x64(True):
+        fixed = (*logits(dtype=np.float64), mask())
+        gradients = compiled(name)(*fixed, T, WEIGHT)[1][2:]
+        ends = [
+            float(compiled(name)(*fixed, T + a * step, WEIGHT + b * step)[0].sum())
+            for a, b in ((1, 0), (0, 1))
+            for step in (1e-5, -1e-5)
+        ]
+    slopes = (np.subtract(ends[::2], ends[1::2])) / 2e-5
+    np.testing.assert_allclose(gradients, slopes, rtol=1e-6, atol=1e-8)
 
 
 @each
@@ -359,27 +374,6 @@ def test_an_absent_class_is_minus_infinity_in_both_arrays(name):
 
 
 @each
-def test_bfloat16_is_computed_in_float32(name):
-    pair, where = [jnp.asarray(x, jnp.bfloat16) for x in logits()], mask()
-    losses = jax.jit(CASES[name].loss)(*pair, where, T, WEIGHT)
-    assert losses.dtype == jnp.float32
-    expected = run(name, *(np.asarray(x, np.float32) for x in pair), where)[0]
-    np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-6)
-    shapes = jax.eval_shape(compiled(name), *pair, where, T, WEIGHT)
-    assert all(gradient.dtype == jnp.bfloat16 for gradient in shapes[1])
-
-
-@each
-def test_vmap_over_batches_and_temperatures(name):
-    students, teachers = np.stack([logits(), logits(seed=1)], 1)
-    mapped = jax.jit(jax.vmap(CASES[name].loss, (0, 0, None, 0, None)))
-    losses = mapped(students, teachers, mask(), np.array([T, T], np.float32), WEIGHT)
-    for i in range(2):
-        expected = run(name, students[i], teachers[i], mask())[0]
-        np.testing.assert_allclose(losses[i], expected, rtol=1e-5, atol=1e-6)
-
-
-@each
 def test_sharded_as_on_one_device(name):
     kinds = (AxisType.Explicit, AxisType.Explicit)
     mesh = jax.make_mesh((4, 2), ("batch", "model"), axis_types=kinds)
@@ -388,6 +382,7 @@ def test_sharded_as_on_one_device(name):
         place = NamedSharding(mesh, PartitionSpec("batch", None))
         arrays = [jax.device_put(x, place) for x in (*logits(), mask())]
         losses, gradients = compiled(name)(*arrays, T, WEIGHT)
+        gradients = gradients[:2]
         np.testing.assert_allclose(losses, expected[0], rtol=1e-5, atol=1e-6)
         assert gradients[0].sharding.is_equivalent_to(place, 2)
         for a, b in zip(gradients, expected[1], strict=True):
@@ -395,23 +390,29 @@ def test_sharded_as_on_one_device(name):
 
 
 @each
-def test_schedules_of_temperature_and_weight_compile_once(name):
+def test_schedules_vmap_and_bfloat16(name):
+    """In one program: scheduled temperature and weight, over two batches, computed in float32."""
     temperature = optax.linear_schedule(8.0, T, 10)
     weight = optax.cosine_decay_schedule(1.0, 10, alpha=WEIGHT)
     traced = []
 
-    @jax.jit
-    def at(step, student, teacher, where):
+    def at(student, teacher, where, step):
         traced.append(None)
         return CASES[name].loss(student, teacher, where, temperature(step), weight(step))
 
-    pair, where = logits(), mask()
-    first, last = (np.asarray(at(np.int32(step), *pair, where)) for step in (0, 10))
+    mapped = jax.jit(jax.vmap(at, (0, 0, None, 0)))
+    batches = [jnp.asarray(x, jnp.bfloat16) for x in np.stack([logits(), logits(seed=1)], 1)]
+    exact, where = [np.asarray(x, np.float32) for x in batches], mask()
+    for steps in (np.array([0, 10]), np.array([10, 0])):
+        losses = mapped(*batches, where, steps)
+        assert losses.dtype == jnp.float32
+        for i, step in enumerate(steps):
+            scalars = (8.0, 1.0) if step == 0 else (T, WEIGHT)
+            expected = compiled(name)(exact[0][i], exact[1][i], where, *scalars)[0]
+            np.testing.assert_allclose(losses[i], expected, rtol=1e-5, atol=1e-6)
     assert len(traced) == 1
-    np.testing.assert_allclose(last, run(name, *pair, where)[0], rtol=1e-5, atol=1e-6)
-    expected = compiled(name)(*pair, where, 8.0, 1.0)[0]
-    np.testing.assert_allclose(first, expected, rtol=1e-5, atol=1e-6)
-    assert not np.allclose(first, last)
+    shapes = jax.eval_shape(compiled(name), *(x[0] for x in batches), where, T, WEIGHT)
+    assert [x.dtype for x in shapes[1][:2]] == [jnp.bfloat16] * 2
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ("mse", "centered")])
