@@ -4,7 +4,6 @@ The teacher's beam search writes them once; the student is trained on them as on
 cross-entropy at the positions ``where``.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from jaxcomp.distill.language.sampling import Apply, check_prompts, with_room
+from jaxcomp.distill.language.sampling import Apply, Options, check_prompts, run_loop, with_room
 
 
 class Beams(NamedTuple):
@@ -87,7 +86,8 @@ def beam_search(
     tokens, lengths = check_prompts(tokens, lengths, steps)
     if beams < 1:
         raise ValueError(f"beams {beams} must be at least 1.")
-    return _search(apply_fn, params, tokens, lengths, beams, steps, end, pad)
+    options = Options(steps, end, pad, beams)
+    return run_loop(_search, apply_fn, options, tokens, lengths, params)
 
 
 class _State(NamedTuple):
@@ -98,18 +98,8 @@ class _State(NamedTuple):
     done: Array
 
 
-@functools.partial(jax.jit, static_argnames=("apply_fn", "beams", "steps", "end", "pad"))
-def _search(
-    apply_fn: Apply,
-    params: Any,
-    tokens: Array,
-    lengths: Array,
-    beams: int,
-    steps: int,
-    end: int | None,
-    pad: int,
-) -> Beams:
-    texts = with_room(tokens, lengths, steps, pad)
+def _search(apply_fn: Apply, options: Options, tokens: Array, lengths: Array, params: Any) -> Beams:
+    texts, beams, end = with_room(tokens, lengths, options), options.beams, options.end
     batch, total = texts.shape
     spread = lambda x: jnp.repeat(x[:, None], beams, 1)
     start = _State(
@@ -122,7 +112,7 @@ def _search(
     )
 
     def going(state: _State) -> Array:
-        return (state.step < steps) & ~jnp.all(state.done)
+        return (state.step < options.steps) & ~jnp.all(state.done)
 
     def extend(state: _State) -> _State:
         logits = apply_fn(params, state.tokens.reshape(batch * beams, total))

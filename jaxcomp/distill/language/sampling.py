@@ -27,10 +27,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int, PRNGKeyArray, Shaped
 
 from jaxcomp.distill.inputs import check_scalar, known
+from jaxcomp.sharding import automatic, spec_like
 
 Apply = Callable[[Any, Array], Array]
 Step = Callable[[Any, Any, Array], tuple[Array, Any]]
@@ -50,6 +52,15 @@ class Written(NamedTuple):
     tokens: Int[Array, "batch total"]
     lengths: Int[Array, " batch"]
     where: Bool[Array, "batch total"]
+
+
+class Options(NamedTuple):
+    """What a loop is compiled for; ``beams`` matters to a search only."""
+
+    steps: int
+    end: int | None
+    pad: int
+    beams: int = 1
 
 
 def sample_tokens(
@@ -109,7 +120,8 @@ def sample_tokens(
     """
     tokens, lengths = check_prompts(tokens, lengths, steps)
     temperature = _check_temperature(temperature)
-    return _sample(apply_fn, params, tokens, lengths, key, temperature, steps, end, pad)
+    options = Options(steps, end, pad)
+    return run_loop(_sample, apply_fn, options, tokens, lengths, params, key, temperature)
 
 
 def decode_tokens(
@@ -170,7 +182,8 @@ def decode_tokens(
     """
     tokens, lengths = check_prompts(tokens, lengths, steps)
     temperature = _check_temperature(temperature)
-    return _decode(step_fn, params, cache, tokens, lengths, key, temperature, steps, end, pad)
+    options = Options(steps, end, pad)
+    return run_loop(_decode, step_fn, options, tokens, lengths, params, cache, key, temperature)
 
 
 def check_prompts(tokens: Any, lengths: Any, steps: int) -> tuple[Array, Array]:
@@ -208,15 +221,31 @@ def check_prompts(tokens: Any, lengths: Any, steps: int) -> tuple[Array, Array]:
     return tokens.astype(jnp.int32), lengths.astype(jnp.int32)
 
 
-def with_room(tokens: Array, lengths: Array, steps: int, pad: int) -> Array:
-    """Prompts with room for ``steps`` more tokens, and ``pad`` behind all of them.
+def with_room(tokens: Array, lengths: Array, options: Options) -> Array:
+    """Prompts with room for what is to be written, and padding behind all of them.
 
     Example:
-        >>> with_room(jnp.array([[5, 6, 9]]), jnp.array([2]), 2, 0).tolist()
+        >>> with_room(jnp.array([[5, 6, 9]]), jnp.array([2]), Options(2, None, 0)).tolist()
         [[5, 6, 0, 0, 0]]
     """
-    tokens = jnp.pad(tokens, ((0, 0), (0, steps)))
-    return jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None], tokens, pad)
+    tokens = jnp.pad(tokens, ((0, 0), (0, options.steps)))
+    return jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None], tokens, options.pad)
+
+
+@functools.partial(jax.jit, static_argnames=("loop", "model", "options"))
+def run_loop(
+    loop: Callable[..., Any], model: Callable[..., Any], options: Options, *arrays: Any
+) -> Any:
+    """Compile a loop with a model; what comes out lies as the prompts, the first array, do.
+
+    Example:
+        >>> loop = lambda model, options, tokens: model(tokens)[:, : options.steps]
+        >>> run_loop(loop, jnp.square, Options(1, None, 0), jnp.array([[2, 3]])).tolist()
+        [[4]]
+    """
+    rows = spec_like(arrays[0], (len(arrays[0]), 1))
+    loop = functools.partial(loop, model, options)
+    return automatic(loop, out=PartitionSpec(*rows[:1]))(*arrays)
 
 
 def _check_temperature(temperature: Any) -> Array:
@@ -237,23 +266,20 @@ def _written(tokens: Array, before: Array, lengths: Array) -> Written:
     return Written(tokens, lengths, where)
 
 
-@functools.partial(jax.jit, static_argnames=("apply_fn", "steps", "end", "pad"))
 def _sample(
     apply_fn: Apply,
-    params: Any,
+    options: Options,
     tokens: Array,
     lengths: Array,
+    params: Any,
     key: Any,
     temperature: Array,
-    steps: int,
-    end: int | None,
-    pad: int,
 ) -> Written:
     rows = jnp.arange(len(tokens))
 
     def going(state: Any) -> Array:
         step, _, _, done = state
-        return (step < steps) & ~jnp.all(done)
+        return (step < options.steps) & ~jnp.all(done)
 
     def write(state: Any) -> Any:
         step, texts, ends, done = state
@@ -261,30 +287,27 @@ def _sample(
         logits = apply_fn(params, texts)[rows, ends - 1]
         token = _choose(logits, jax.random.fold_in(key, step), temperature)
         texts = texts.at[rows, ends].set(jnp.where(done, texts[rows, ends], token))
-        over = done if end is None else done | (token == end)
+        over = done if options.end is None else done | (token == options.end)
         return step + 1, texts, jnp.where(done, ends, ends + 1), over
 
-    texts = with_room(tokens, lengths, steps, pad)
+    texts = with_room(tokens, lengths, options)
     start = (jnp.int32(0), texts, lengths, jnp.zeros_like(lengths, bool))
     _, texts, ends, _ = jax.lax.while_loop(going, write, start)
     return _written(texts, lengths, ends)
 
 
-@functools.partial(jax.jit, static_argnames=("step_fn", "steps", "end", "pad"))
 def _decode(
     step_fn: Step,
-    params: Any,
-    cache: Any,
+    options: Options,
     tokens: Array,
     lengths: Array,
+    params: Any,
+    cache: Any,
     key: Any,
     temperature: Array,
-    steps: int,
-    end: int | None,
-    pad: int,
 ) -> Written:
-    texts = with_room(tokens, lengths, steps, pad)
-    most = lengths + steps
+    texts = with_room(tokens, lengths, options)
+    most = lengths + options.steps
 
     def going(state: Any) -> Array:
         at, _, _, _, done = state
@@ -297,8 +320,10 @@ def _decode(
         writes = (at + 1 >= lengths) & ~done
         texts = texts.at[:, at + 1].set(jnp.where(writes, token, texts[:, at + 1]))
         ends = ends + writes
-        over = done | (ends >= most)
-        return at + 1, texts, cache, ends, over if end is None else over | writes & (token == end)
+        done = done | (ends >= most)
+        if options.end is not None:
+            done = done | writes & (token == options.end)
+        return at + 1, texts, cache, ends, done
 
     start = (jnp.int32(0), texts, cache, lengths, jnp.zeros_like(lengths, bool))
     _, texts, _, ends, _ = jax.lax.while_loop(going, write, start)
