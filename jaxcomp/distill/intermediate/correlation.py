@@ -27,7 +27,8 @@ def correlation_congruence_loss(
     first, which the expansion of the Gaussian assumes.
 
     Both arguments are differentiated; put ``jax.lax.stop_gradient`` around a teacher that is also
-    a function of what you train. On several devices the relations are those of the whole batch.
+    a function of what you train. On several devices the relations are those of the whole batch,
+    except inside ``shard_map``, where they are the shard's.
 
     Args:
         student: float array (batch, ...), all of an example's features.

@@ -23,7 +23,7 @@ def hint_loss(
     for other sizes.
 
     Both arguments are differentiated; put ``jax.lax.stop_gradient`` around a teacher that is also
-    a function of what you train.
+    a function of what you train. Differences above 1e19 overflow float32 here.
 
     Args:
         student: float array of any shape and float dtype; ``axis`` runs over the channels.

@@ -26,7 +26,8 @@ def probabilistic_transfer_loss(
     logarithm: ``(1 + cosine) / 2`` is held above the dtype's epsilon. That of a zero vector is 1/2.
 
     Both arguments are differentiated; put ``jax.lax.stop_gradient`` around a teacher that is also
-    a function of what you train. On several devices the relations are those of the whole batch.
+    a function of what you train. On several devices the relations are those of the whole batch,
+    except inside ``shard_map``, where they are the shard's.
 
     Args:
         student: float array (batch, ...), all of an example's features.

@@ -29,7 +29,8 @@ def relational_distance_loss(
     times as large.
 
     Both arguments are differentiated; put ``jax.lax.stop_gradient`` around a teacher that is also
-    a function of what you train. On several devices the relations are those of the whole batch.
+    a function of what you train. On several devices the relations are those of the whole batch,
+    except inside ``shard_map``, where they are the shard's.
 
     Args:
         student: float array (batch, ...), all of an example's features.
@@ -75,7 +76,8 @@ def relational_angle_loss(
     a third: their cosine is 0, and so is its gradient.
 
     Both arguments are differentiated; put ``jax.lax.stop_gradient`` around a teacher that is also
-    a function of what you train. On several devices the relations are those of the whole batch.
+    a function of what you train. On several devices the relations are those of the whole batch,
+    except inside ``shard_map``, where they are the shard's.
 
     Args:
         student: float array (batch, ...), all of an example's features.

@@ -19,10 +19,12 @@ def similarity_preserving_loss(
 
     The inner products of an example with all examples, itself included, are scaled to unit length;
     its loss is the mean over them of the squared differences between student and teacher. The mean
-    over the examples that count is the paper's loss, which it weighs by ``gamma``.
+    over the examples that count is the paper's loss, which it weighs by ``gamma``. (torchdistill
+    scales by the sum of the absolute values instead.)
 
     Both arguments are differentiated; put ``jax.lax.stop_gradient`` around a teacher that is also
-    a function of what you train. On several devices the relations are those of the whole batch.
+    a function of what you train. On several devices the relations are those of the whole batch,
+    except inside ``shard_map``, where they are the shard's.
 
     Args:
         student: float array (batch, ...), all of an example's features.
