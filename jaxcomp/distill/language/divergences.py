@@ -3,7 +3,7 @@
 The forward one is :func:`jaxcomp.distill.kl_divergence`: it makes the student cover all that the
 teacher may say. The reverse one makes it say only what the teacher would; the generalised
 Jensen-Shannon divergence lies between them. All hold to the rules of
-:mod:`jaxcomp.distill.logits.hinton`; for language models the logits are ``(batch, length,
+:mod:`jaxcomp.distill.logits`; for language models the logits are ``(batch, length,
 vocabulary)`` and ``where`` is ``(batch, length)``, false at padding.
 """
 
@@ -44,7 +44,7 @@ def reverse_kl_divergence(
 
     Both arguments are differentiated; put ``jax.lax.stop_gradient`` around a teacher that is also
     a function of what you train. MiniLLM samples the positions from the student
-    (:func:`jaxcomp.distill.language.sample_tokens`) and differentiates the sampling too, by policy
+    (:func:`jaxcomp.distill.sample_tokens`) and differentiates the sampling too, by policy
     gradient; this is its single-step part, as GKD uses it.
 
     Args:
@@ -171,14 +171,16 @@ def _shares(mixing: Array) -> tuple[Array, Array, Array]:
     return mixing, jnp.where(end, 1 - mixing, mixing), jnp.where(end, mixing, 1 - mixing)
 
 
-def _against_mixture(log_ratio: Array, own: Array, other: Array) -> Array:
-    """``log(p / (own * p + other * q))`` from ``log p/q``, where ``own + other = 1``."""
+def _against_mixture(log_ratio: Array, p: Array, mixture: Array, own: Array) -> Array:
+    """``log(p / mixture)`` from ``log p/q``, where the mixture is ``own * p + (1 - own) * q``."""
     small = jnp.abs(log_ratio) < 0.5
     x = jnp.where(small, log_ratio, 0)
-    near = -jnp.log1p(other * (x * (x * second_order(x) - 1)))
-    # Without a share, that of an infinite ratio must not become NaN.
-    rest = jnp.where(other == 0, -jnp.inf, jnp.log(other) - jnp.where(other == 0, 0, log_ratio))
-    return jnp.where(small, near, -jnp.logaddexp(jnp.log(own), rest))
+    near = -jnp.log1p((1 - own) * (x * (x * second_order(x) - 1)))
+    # With a share in the mixture p is never far above it. Without one only the ratio will do.
+    some = (p > 0) & (own > 0)
+    far = jnp.log(jnp.where(some, p, 1) / jnp.where(some, mixture, 1))
+    far = jnp.where(some, far, jnp.where(own > 0, -jnp.inf, log_ratio))
+    return jnp.where(small, near, far)
 
 
 def _parts(
@@ -188,8 +190,8 @@ def _parts(
     s, t, log_ratio = compare(student, teacher, temperature, keep, axis)
     p, q = t.probabilities, s.probabilities
     mixture = mixing * p + (1 - mixing) * q
-    to_p = _against_mixture(log_ratio, mixing, 1 - mixing)
-    to_q = _against_mixture(-log_ratio, 1 - mixing, mixing)
+    to_p = _against_mixture(log_ratio, p, mixture, mixing)
+    to_q = _against_mixture(-log_ratio, q, mixture, 1 - mixing)
     # A student without any class left is no distribution: it is infinitely far, not a mixture.
     silent = jnp.any(t.possible, axis) & ~jnp.any(s.possible, axis)
     kl_p, kl_q = (

@@ -2,7 +2,7 @@
 
 A student that only sees the text of others is taught nothing about what follows its own. On-policy
 distillation (GKD) lets it write after prompts, and has the teacher judge every token of that. In a
-train step, with the share ``on_policy`` of such batches::
+train step, with the share ``on_policy`` (the paper's lambda) of such batches::
 
     def train_step(params, opt_state, batch, key):
         choose, write = jax.random.split(key)
