@@ -379,7 +379,7 @@ def test_sharded_as_on_one_device(name):
     mesh = jax.make_mesh((4, 2), ("batch", "model"), axis_types=kinds)
     expected = run(name, *logits(), mask())
     with jax.set_mesh(mesh):
-        place = NamedSharding(mesh, PartitionSpec("batch", None))
+        place = NamedSharding(mesh, PartitionSpec("batch", "model"))
         arrays = [jax.device_put(x, place) for x in (*logits(), mask())]
         losses, gradients = compiled(name)(*arrays, T, WEIGHT)
         gradients = gradients[:2]
