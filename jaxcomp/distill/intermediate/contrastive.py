@@ -159,7 +159,8 @@ def contrastive_loss(
         >>> student, teacher = jnp.ones((4, 6)), jnp.ones((4, 9))
         >>> heads = init_contrastive(jax.random.key(0), student, teacher, features=8)
         >>> memory = init_memory(jax.random.key(1), count=100, features=8)
-        >>> losses, memory = contrastive_loss(
+        >>> loss = jax.jit(contrastive_loss, static_argnames="negatives", donate_argnames="memory")
+        >>> losses, memory = loss(
         ...     heads, memory, student, teacher, jnp.arange(4), jax.random.key(2), negatives=32
         ... )
         >>> losses.shape, bool(memory.begun)

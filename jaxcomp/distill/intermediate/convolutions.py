@@ -27,8 +27,8 @@ def init_convolution(
         ``{"kernel": (*sizes, channels, out), "bias": (out,)}`` in float32.
 
     Example:
-        >>> jax.tree.map(jnp.shape, init_convolution(jax.random.key(0), 4, 6, 3, positions=2))
-        {'bias': (6,), 'kernel': (3, 3, 4, 6)}
+        >>> jax.tree.map(jnp.shape, init_convolution(jax.random.key(0), 8, 4, 3, positions=2))
+        {'bias': (4,), 'kernel': (3, 3, 8, 4)}
     """
     shape = (*[size] * positions, channels, out)
     kernel = jax.random.normal(key, shape, jnp.float32) * math.sqrt(gain / math.prod(shape[:-1]))
@@ -50,9 +50,9 @@ def convolve(convolution: dict[str, Any], name: str, x: Any) -> Array:
         ValueError: the kernel has other channels, or other position axes.
 
     Example:
-        >>> layer = init_convolution(jax.random.key(0), 4, 6, 3, positions=2)
-        >>> convolve(layer, "student", jnp.ones((2, 5, 5, 4))).shape
-        (2, 5, 5, 6)
+        >>> layer = init_convolution(jax.random.key(0), 8, 4, 3, positions=2)
+        >>> convolve(layer, "student", jnp.ones((2, 4, 4, 8))).shape
+        (2, 4, 4, 4)
     """
     x, kernel, bias = as_floats(x=x, kernel=convolution["kernel"], bias=convolution["bias"])
     if x.ndim != kernel.ndim or x.shape[-1] != kernel.shape[-2]:

@@ -40,12 +40,12 @@ def init_review(
         ValueError: not as many levels of both, maps that do not fit, no width.
 
     Example:
-        >>> students = [jnp.ones((2, 4, 4, 3)), jnp.ones((2, 2, 2, 5))]
-        >>> teachers = [jnp.ones((2, 4, 4, 6)), jnp.ones((2, 2, 2, 7))]
+        >>> students = [jnp.ones((2, 4, 4, 4)), jnp.ones((2, 2, 2, 4))]
+        >>> teachers = [jnp.ones((2, 4, 4, 8)), jnp.ones((2, 2, 2, 8))]
         >>> params = init_review(jax.random.key(0), students, teachers, width=4)
         >>> [{name: layer["kernel"].shape for name, layer in level.items()} for level in params]
-        [{'narrow': (1, 1, 3, 4), 'widen': (3, 3, 4, 6), 'attention': (1, 1, 8, 2)},
-         {'narrow': (1, 1, 5, 4), 'widen': (3, 3, 4, 7)}]
+        [{'narrow': (1, 1, 4, 4), 'widen': (3, 3, 4, 8), 'attention': (1, 1, 8, 2)},
+         {'narrow': (1, 1, 4, 4), 'widen': (3, 3, 4, 8)}]
 
     Chen et al., "Distilling Knowledge via Knowledge Review", 2021, section 3.3.
     """
@@ -97,10 +97,10 @@ def review_loss(
         ValueError: not as many levels of all, maps that do not fit.
 
     Example:
-        >>> students = [jnp.ones((2, 4, 4, 3)), jnp.ones((2, 2, 2, 5))]
-        >>> teachers = [jnp.ones((2, 4, 4, 6)), jnp.ones((2, 2, 2, 7))]
+        >>> students = [jnp.ones((2, 4, 4, 4)), jnp.ones((2, 2, 2, 4))]
+        >>> teachers = [jnp.ones((2, 4, 4, 8)), jnp.ones((2, 2, 2, 8))]
         >>> params = init_review(jax.random.key(0), students, teachers, width=4)
-        >>> review_loss(params, students, teachers).shape
+        >>> jax.jit(review_loss)(params, students, teachers).shape
         (2,)
 
     Chen et al., "Distilling Knowledge via Knowledge Review", 2021, sections 3.2, 3.3.

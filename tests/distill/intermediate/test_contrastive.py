@@ -153,21 +153,24 @@ class TestNegatives:
 
     def test_both_ways_to_the_scores_agree_and_given_ones_are_used(self):
         _, student, teacher = inputs()
-        others = np.array([[1, 2], [3, 7], [0, 0], [5, 11]])
-        wide = {
-            name: {"kernel": np.eye(k, FEATURES, dtype=np.float32)}
-            for name, k in (("student", 5), ("teacher", 6))
-        }
-        memory = jax.device_get(init_memory(jax.random.key(0), COUNT, FEATURES))
-        few = contrastive_loss(wide, memory, student, teacher, INDICES, None, negatives=others)[0]
-        bank = [np.tile(x, (3, 1)) for x in memory[:2]]  # now gathering rows takes less room
-        more = memory._replace(student=bank[0], teacher=bank[1])
-        many = contrastive_loss(wide, more, student, teacher, INDICES, None, negatives=others)[0]
+        sizes = {"student": 5, "teacher": 6}
+        heads = {k: {"kernel": np.eye(n, FEATURES, dtype=np.float32)} for k, n in sizes.items()}
+        loss = jax.jit(contrastive_loss)
+
+        def losses(memory, others):
+            options = {"negatives": np.array(others)}
+            return loss(heads, memory, student, teacher, INDICES, None, **options)[0]
+
+        memory = MEMORY._replace(begun=np.array(True))
+        few = losses(memory, [[1, 2], [3, 7], [0, 0], [5, 11]])
+        again = losses(memory, [[1, 3], [3, 7], [0, 0], [5, 11]])
+        np.testing.assert_array_equal(few == again, [False, True, True, True])
+        # With so many examples, gathering rows takes less room than all scores.
+        more = memory._replace(
+            student=np.tile(MEMORY.student, (3, 1)), teacher=np.tile(MEMORY.teacher, (3, 1))
+        )
+        many = losses(more, [[1, 2], [3, 7], [0, 0], [5, 11]])
         np.testing.assert_allclose(few, many, rtol=1e-5)
-        again = contrastive_loss(
-            wide, memory, student, teacher, INDICES, None, negatives=others[:, :1]
-        )[0]
-        assert not np.allclose(few, again)
 
     def test_keys_change_what_is_drawn(self):
         begun = step()[1]
