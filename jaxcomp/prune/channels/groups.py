@@ -16,6 +16,7 @@ A leaf that a group takes along two of its axes, such as the square kernel of a 
 two slices and counts once in each.
 """
 
+import functools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
@@ -344,8 +345,8 @@ def _rows(array: Any, axis: int, part: Any, group: Any) -> Array:
     if explicit_axes(array):
         # Rows of one axis have no place on a mesh that every operation must name.
         array = np.asarray(array)
-    library: Any = np if isinstance(array, np.ndarray) else jnp
-    array = library.asarray(array)
+    if not isinstance(array, np.ndarray):
+        array = jnp.asarray(array)
     if not 0 <= axis < array.ndim or (
         positions.size and not 0 <= positions.min() <= positions.max() < array.shape[axis]
     ):
@@ -354,9 +355,19 @@ def _rows(array: Any, axis: int, part: Any, group: Any) -> Array:
             f"{positions.max(initial=0)}, but the shape is {array.shape}: pass the parameters that "
             "were coupled"
         )
+    if isinstance(array, np.ndarray):
+        return jnp.asarray(_taken(np, array, positions, axis))
+    return _taken_jit(array, positions, axis)
+
+
+def _taken(library: Any, array: Any, positions: Any, axis: int) -> Any:
     array = array.astype(jnp.promote_types(array.dtype, jnp.float32))
     rows = library.moveaxis(library.take(array, positions.ravel(), axis=axis), axis, 0)
-    return jnp.asarray(rows.reshape(group.size, -1))
+    return rows.reshape(len(positions), -1)
+
+
+# One program, instead of one for every operation on every shape.
+_taken_jit = jax.jit(functools.partial(_taken, jnp), static_argnames="axis")
 
 
 def _gather_activations(group: Any, activations: Mapping[tuple[str, int], Any] | None) -> Any:

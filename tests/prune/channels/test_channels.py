@@ -21,7 +21,7 @@ RNG = np.random.default_rng(0)
 
 
 def normal(*shape):
-    return jnp.asarray(RNG.normal(size=shape).astype(np.float32))
+    return jax.device_put(RNG.normal(size=shape).astype(np.float32))
 
 
 PARAMS = {"w0": normal(6, 16), "b0": normal(16), "w1": normal(16, 12), "w2": normal(12, 3)}

@@ -40,7 +40,7 @@ def mlp_params(seed=0, widths=(8, 12)):
     first, second = widths
     shapes = {"w0": (5, first), "b0": (first,), "w1": (first, second), "b1": (second,)}
     shapes["w2"] = (second, 3)
-    return {k: jnp.asarray(rng.normal(size=n).astype(np.float32)) for k, n in shapes.items()}
+    return {k: jax.device_put(rng.normal(size=n).astype(np.float32)) for k, n in shapes.items()}
 
 
 def loss(params, x, y):
@@ -81,7 +81,7 @@ def net_variables():
     rng = np.random.default_rng(3)
     shapes = jax.eval_shape(Net().init, jax.random.key(3), IMAGES)
     return jax.tree.map(
-        lambda leaf: jnp.asarray(rng.uniform(0.2, 1.0, leaf.shape).astype(np.float32)), shapes
+        lambda leaf: jax.device_put(rng.uniform(0.2, 1.0, leaf.shape).astype(np.float32)), shapes
     )
 
 
@@ -89,7 +89,9 @@ def shaken(smaller, state, step):
     """A fine-tuning that moves every weight, by other amounts in every step."""
     rng = np.random.default_rng(step)
     factors = lambda leaf: rng.uniform(0.7, 1.4, leaf.shape).astype(np.float32)
-    news = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf) * factors(leaf)), smaller.params)
+    news = jax.tree.map(
+        lambda leaf: jax.device_put(np.asarray(leaf) * factors(leaf)), smaller.params
+    )
     return news, state
 
 

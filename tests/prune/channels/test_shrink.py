@@ -465,15 +465,17 @@ def test_pruning_goes_on_after_the_cut():
     tx = jaxcomp.wrap_optimizer(optax.sgd(0.0), method)
     params = methods.params()
     state = tx.init(params)
-    zero = jax.tree.map(jnp.zeros_like, params)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+        return optax.apply_updates(params, updates), state
+
     for _ in range(3):
-        updates, state = tx.update(zero, state, params)
-        params = optax.apply_updates(params, updates)
+        params, state = step(params, state)
     small, state = shrink(params, params, KEPT), shrink(state, params, KEPT)
-    zero = jax.tree.map(jnp.zeros_like, small)
     for _ in range(6):
-        updates, state = tx.update(zero, state, small)
-        small = optax.apply_updates(small, updates)
+        small, state = step(small, state)
     for name in ("first", "second"):
         size = small[name]["kernel"].size
         assert int(jnp.sum(small[name]["kernel"] == 0)) == size // 2
