@@ -6,6 +6,7 @@ three digits. What a mask leaves out is replaced by zero *before* anything is co
 that NaN and infinity there reach neither a loss nor a gradient.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -152,10 +153,32 @@ def masked_mean(x: Array, keep: Array, axis: int | Sequence[int] | None = None) 
         >>> print(masked_mean(jnp.array([1.0, 3.0, 100.0]), jnp.array([True, True, False])))
         2.0
     """
-    axes = tuple(axis) if isinstance(axis, Sequence) else axis
-    keep = jnp.broadcast_to(keep, x.shape)
-    count = jnp.sum(keep, axes, dtype=x.dtype)
+    axes = tuple(range(x.ndim)) if axis is None else axis
+    axes = tuple(axes) if isinstance(axes, Sequence) else (axes,)
+    keep = keep.reshape((1,) * (x.ndim - keep.ndim) + keep.shape)
+    count = jnp.squeeze(count_kept(keep, x.shape, axes, x.dtype), axes)
     return jnp.sum(jnp.where(keep, x, 0), axes) / jnp.maximum(count, 1)
+
+
+def count_kept(keep: Array, shape: Sequence[int], axes: Sequence[int], dtype: Any) -> Array:
+    """How many elements count along axes of a shape that a mask broadcasts to; the axes stay.
+
+    The mask is counted as it is: spread out, one that is constant is folded when the program is
+    compiled, which takes longer the larger the arrays are.
+
+    Args:
+        keep: boolean, with as many axes as the shape.
+        shape: what it broadcasts to.
+        axes: to be counted along, with size 1 in the result.
+        dtype: of the result.
+
+    Example:
+        >>> print(count_kept(jnp.array([[True], [False]]), (2, 3), [1], jnp.float32))
+        [[3.]
+         [0.]]
+    """
+    times = math.prod(shape[axis] for axis in axes if keep.shape[axis] == 1)
+    return jnp.sum(keep, tuple(axes), keepdims=True, dtype=dtype) * times
 
 
 def normalized(x: Array, axis: int | Sequence[int] = -1) -> Array:

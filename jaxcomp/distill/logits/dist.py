@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
 
-from jaxcomp.distill.inputs import computing_dtype, normalized
+from jaxcomp.distill.inputs import computing_dtype, count_kept, normalized
 from jaxcomp.distill.logits.checks import (
     check_logits,
     check_temperature,
@@ -89,7 +89,6 @@ def _dist(
     axis: int,
 ) -> Array:
     temperature = jnp.where(temperature > 0, temperature, jnp.nan)
-    keep = jnp.broadcast_to(keep, student.shape)
     examples = [i for i in range(student.ndim) if i != axis]
     log_s, log_t = (
         _log_probabilities(x.astype(temperature.dtype), keep, temperature, axis)
@@ -97,13 +96,15 @@ def _dist(
     )
     inter = 1 - jnp.sum(_correlation_terms(log_s, log_t, keep, [axis]), axis)
 
-    counts = jnp.any(keep, axis)
-    filled = jnp.sum(keep, examples, keepdims=True, dtype=temperature.dtype)
+    shape, dtype = student.shape, temperature.dtype
+    counts = jnp.any(keep, axis, keepdims=True)
+    filled = count_kept(keep, shape, examples, dtype)
     shares = jnp.where(keep, 1 / jnp.maximum(filled, 1), 0)
     shares -= _correlation_terms(log_s, log_t, keep, examples)
-    classes = jnp.maximum(jnp.sum(filled > 0, dtype=temperature.dtype), 1)
-    intra = jnp.sum(shares, axis) * (jnp.sum(counts, dtype=temperature.dtype) / classes)
-    return jnp.where(counts, weights[0] * inter + weights[1] * intra, 0)
+    taught = count_kept(counts, shape, examples, dtype)
+    classes = jnp.maximum(count_kept(filled > 0, shape, [axis], dtype), 1)
+    intra = jnp.sum(shares, axis) * (taught / classes).reshape(())
+    return jnp.where(jnp.squeeze(counts, axis), weights[0] * inter + weights[1] * intra, 0)
 
 
 def _log_probabilities(logits: Array, keep: Array, temperature: Array, axis: int) -> Array:
@@ -128,6 +129,6 @@ def _standard_rise(log_p: Array, keep: Array, axes: Sequence[int]) -> Array:
     top = jax.lax.stop_gradient(jnp.where(top == -jnp.inf, 0, top))
     rise = jnp.where(possible, jnp.expm1(jnp.where(possible, log_p, top) - top), -1)
     rise = jnp.where(keep, rise, 0)
-    count = jnp.maximum(jnp.sum(keep, axes, keepdims=True, dtype=log_p.dtype), 1)
+    count = jnp.maximum(count_kept(keep, log_p.shape, axes, log_p.dtype), 1)
     mean = jnp.sum(rise, axes, keepdims=True) / count
     return normalized(jnp.where(keep, rise - mean, 0), axes)
