@@ -71,3 +71,13 @@ def test_quantized_while_training(tmp_path, monkeypatch, capsys):
         assert len(re.findall(f"^{path} .*3 bits, affine", printed, re.MULTILINE)) == 1
     # 9,968 weights of 3 bits, and what is not quantized.
     assert (tmp_path / "quantized.jxc").stat().st_size < 9968 * 4 / 5
+
+
+def test_a_taught_student(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    accuracies = load("teach_student").main()
+    assert accuracies["teacher"] > 0.9
+    assert accuracies["by the teacher"] > accuracies["by 200 labels"] + 0.03
+    # 3,402 weights at 3 bits and 80% zeros, and 74 biases in float32.
+    assert (tmp_path / "student.jxc").stat().st_size < 1500
+    assert "by the teacher" in capsys.readouterr().out
