@@ -36,7 +36,8 @@ def relational_distance_loss(
         student: float array (batch, ...), all of an example's features.
         teacher: float array of the same batch; the rest of its shape may differ.
         chunk: examples whose distances to all others are taken at once, which bounds the memory to
-            ``chunk * batch * features``, for gradients too; None takes all.
+            ``chunk * batch * features``, for gradients too, and is often
+            faster; None takes all.
         where: boolean (batch,), examples that count. The others take part in no relation, and
             their loss is 0.
 
@@ -83,7 +84,8 @@ def relational_angle_loss(
         student: float array (batch, ...), all of an example's features.
         teacher: float array of the same batch; the rest of its shape may differ.
         chunk: examples at which angles are taken at once, which bounds the memory to
-            ``chunk * (batch * features + batch**2)``, for gradients too; None takes all.
+            ``chunk * (batch * features + batch**2)``, for gradients too, and is often
+            faster; None takes all.
         where: boolean (batch,), examples that count. The others take part in no relation, and
             their loss is 0.
 
