@@ -26,7 +26,7 @@ RNG = np.random.default_rng(0)
 
 
 def normal(*shape, dtype=np.float32):
-    return jnp.asarray(RNG.normal(size=shape).astype(dtype))
+    return jax.device_put(RNG.normal(size=shape).astype(dtype))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

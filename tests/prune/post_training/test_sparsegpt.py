@@ -22,7 +22,9 @@ from jaxcomp.prune.structures import NM, Channel, Element
 
 
 def normal(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng((seed, *shape)).normal(size=shape), jnp.float32)
+    return jax.device_put(
+        np.random.default_rng((seed, *shape)).normal(size=shape).astype(np.float32)
+    )
 
 
 def correlated(samples, features, seed=0):

@@ -20,7 +20,7 @@ INT8 = Format(8, granularity=PerTensor())
 
 
 def normal(*shape, dtype=np.float32):
-    return jnp.asarray(RNG.normal(size=shape).astype(dtype))
+    return jax.device_put(RNG.normal(size=shape).astype(dtype))
 
 
 def mlp(params, x):

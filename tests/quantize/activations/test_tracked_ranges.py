@@ -20,7 +20,7 @@ AFFINE = Format(8, symmetric=False, granularity=PerTensor())
 
 
 def normal(*shape):
-    return jnp.asarray(RNG.normal(size=shape).astype(np.float32))
+    return jax.device_put(RNG.normal(size=shape).astype(np.float32))
 
 
 PARAMS = {"first": normal(6, 8), "second": normal(8, 3)}

@@ -20,7 +20,7 @@ from jaxcomp.quantize.post_training.bias_places import bias_places
 
 def normal(*shape, seed=0, mean=0.0):
     values = np.random.default_rng((seed, *shape)).normal(mean, size=shape)
-    return jnp.asarray(values, jnp.float32)
+    return jax.device_put(values.astype(np.float32))
 
 
 def rounded(params, paths, bits=3):

@@ -35,7 +35,9 @@ FEATURES, OUTPUTS = 12, 5
 
 
 def normal(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng((seed, *shape)).normal(size=shape), jnp.float32)
+    return jax.device_put(
+        np.random.default_rng((seed, *shape)).normal(size=shape).astype(np.float32)
+    )
 
 
 def correlated(samples, features, seed=0):

@@ -26,7 +26,9 @@ from jaxcomp.quantize.post_training.walk import quantize_leaves
 
 
 def normal(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng((seed, *shape)).normal(size=shape), jnp.float32)
+    return jax.device_put(
+        np.random.default_rng((seed, *shape)).normal(size=shape).astype(np.float32)
+    )
 
 
 PARAMS = {"w0": normal(6, 8), "b0": normal(8), "w1": normal(8, 6, seed=1), "w2": normal(6, 3)}
