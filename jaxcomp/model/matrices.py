@@ -125,6 +125,40 @@ def from_matrix(form: MatrixForm, matrix: Shaped[Array, "..."]) -> Shaped[Array,
     return jnp.transpose(matrix, np.argsort(order).tolist())
 
 
+def to_stack(
+    form: MatrixForm, leaf: Shaped[Any, "..."]
+) -> Shaped[Array, "matrices features outputs"]:
+    """A leaf as matrices in a row, all its groups on one axis; a single matrix is a row of one.
+
+    Args:
+        form: of the leaf.
+        leaf: an array of shape ``form.shape``.
+
+    Example:
+        >>> form = MatrixForm((5, 3, 4), input_axes=(1,), output_axes=(2,), outer_axes=(0,))
+        >>> to_stack(form, jnp.ones((5, 3, 4))).shape
+        (5, 3, 4)
+    """
+    return to_matrix(form, leaf).reshape(-1, form.features, form.outputs)
+
+
+def from_stack(
+    form: MatrixForm, stack: Shaped[Array, "matrices features outputs"]
+) -> Shaped[Array, "..."]:
+    """The inverse of :func:`to_stack`.
+
+    Args:
+        form: of the leaf.
+        stack: its matrices in a row.
+
+    Example:
+        >>> form = MatrixForm((4, 3), input_axes=(1,), output_axes=(0,))
+        >>> from_stack(form, jnp.ones((1, 3, 4))).shape
+        (4, 3)
+    """
+    return from_matrix(form, stack.reshape(*form.groups, form.features, form.outputs))
+
+
 def matrix_forms(program: Program, paths: Iterable[str]) -> dict[str, MatrixForm]:
     """The matrix forms of some leaves, in the order in which the program first uses them.
 

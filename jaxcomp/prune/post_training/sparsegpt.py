@@ -18,7 +18,7 @@ from jaxcomp import tree as tree_lib
 from jaxcomp.checks import check_amount, check_count, choose
 from jaxcomp.model.batches import peek, rereadable, spread
 from jaxcomp.model.layerwise import WalkFiles, moment_of, moments, walk
-from jaxcomp.model.matrices import MatrixForm, from_matrix, matrix_forms, to_matrix
+from jaxcomp.model.matrices import MatrixForm, from_stack, matrix_forms, to_stack
 from jaxcomp.model.program import read
 from jaxcomp.prune.post_training.column_walk import block_counts, prune_in_blocks
 from jaxcomp.prune.post_training.obs import PER_OUTPUT, output_error
@@ -305,10 +305,9 @@ def _prune_leaf(
     counts: Array,
     damping: Any,
 ) -> tuple[Array, Array, Array]:
-    features, outputs = form.features, form.outputs
-    matrices = to_matrix(form, leaf).astype(jnp.float32).reshape(-1, features, outputs)
-    moments = moment.reshape(-1, features, features)
-    order = _run_order(form) if isinstance(structure, NM) else np.arange(features)
+    matrices = to_stack(form, leaf).astype(jnp.float32)
+    moments = moment.reshape(-1, form.features, form.features)
+    order = _run_order(form) if isinstance(structure, NM) else np.arange(form.features)
     matrices, moments = matrices[:, order], moments[:, order][:, :, order]
     # One matrix at a time: a stack takes no more memory than its largest.
     new, mask = lax.map(
@@ -321,8 +320,7 @@ def _prune_leaf(
     relative = [jnp.where(size > 0, error / size, 0) for error in errors]
 
     def back(array: Array) -> Array:
-        array = array[:, np.argsort(order)]
-        return from_matrix(form, array.reshape(*form.groups, features, outputs))
+        return from_stack(form, array[:, np.argsort(order)])
 
     numbers = jnp.stack([jnp.mean(~mask, dtype=jnp.float32), *relative])
     return back(new), back(mask), numbers

@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from jaxcomp.arrays import CompressedArray
 from jaxcomp.checks import check_amount, check_count
-from jaxcomp.model.matrices import MatrixForm, from_matrix, to_matrix
+from jaxcomp.model.matrices import MatrixForm, from_stack, to_stack
 from jaxcomp.quantize.affine import encode, leaf_of
 from jaxcomp.quantize.formats import AnyFormat
 from jaxcomp.quantize.post_training.adaround_matrix import adaround_matrix
@@ -141,14 +141,11 @@ def _round(
     scales = find_scales(leaf, format)
     spread = spread_scales(scales, form.shape, format)
 
-    def matrices(x: Array) -> Array:
-        return to_matrix(form, x).reshape(-1, form.features, form.outputs)
-
     given = {
-        "weights": matrices(leaf).astype(jnp.float32),
+        "weights": to_stack(form, leaf).astype(jnp.float32),
         "moment": moment.reshape(-1, form.features, form.features),
-        "scale": matrices(spread.scale),
-        "zero_point": None if spread.zero_point is None else matrices(spread.zero_point),
+        "scale": to_stack(form, spread.scale),
+        "zero_point": None if spread.zero_point is None else to_stack(form, spread.zero_point),
     }
     # One matrix at a time: a stack takes no more memory than its largest.
     codes = lax.map(
@@ -157,4 +154,4 @@ def _round(
         ),
         given,
     )
-    return from_matrix(form, codes.reshape(*form.groups, form.features, form.outputs)), scales
+    return from_stack(form, codes), scales

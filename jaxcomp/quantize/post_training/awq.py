@@ -14,7 +14,7 @@ from jaxtyping import Array
 from jaxcomp.arrays import CompressedArray
 from jaxcomp.arrays.rescaled import RescaledArray, spread_runs
 from jaxcomp.checks import check_count
-from jaxcomp.model.matrices import MatrixForm, from_matrix, to_matrix
+from jaxcomp.model.matrices import MatrixForm, from_stack, to_stack
 from jaxcomp.model.second_moments import output_errors
 from jaxcomp.quantize.affine import encode, find_codes, from_codes, leaf_of
 from jaxcomp.quantize.formats import AnyFormat
@@ -147,14 +147,14 @@ def _find_multiplier(
     """The multiplier of a leaf, as it is stored."""
 
     def rounded(matrices: Array) -> Array:
-        x = _to_leaf(form, matrices)
+        x = from_stack(form, matrices)
         scales = find_scales(x, format)
         codes, _ = find_codes(x, scales, format)
         return _to_matrices(form, from_codes(codes, scales, format, jnp.float32))
 
     weights, moments = _to_matrices(form, leaf), _squares(form, moment)
     found = search_exponents(weights, moments, rounded, _channels(form), count)
-    full = _to_leaf(form, jnp.broadcast_to(found.multiplier[:, :, None], weights.shape))
+    full = from_stack(form, jnp.broadcast_to(found.multiplier[:, :, None], weights.shape))
     steps = [n // kept for n, kept in zip(form.shape, multiplier_shape(form), strict=True)]
     return full[tuple(slice(None, None, step) for step in steps)].astype(MULTIPLIER_DTYPE)
 
@@ -209,11 +209,7 @@ def _total_errors(form: MatrixForm, leaf: Array, moment: Array, *values: Array) 
 
 
 def _to_matrices(form: MatrixForm, leaf: Array) -> Array:
-    return to_matrix(form, leaf).astype(jnp.float32).reshape(-1, form.features, form.outputs)
-
-
-def _to_leaf(form: MatrixForm, matrices: Array) -> Array:
-    return from_matrix(form, matrices.reshape(*form.groups, form.features, form.outputs))
+    return to_stack(form, leaf).astype(jnp.float32)
 
 
 def _squares(form: MatrixForm, moment: Array) -> Array:

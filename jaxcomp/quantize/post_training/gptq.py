@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from jaxcomp.arrays import CompressedArray
 from jaxcomp.checks import check_amount, check_count
-from jaxcomp.model.matrices import MatrixForm, from_matrix, to_matrix
+from jaxcomp.model.matrices import MatrixForm, from_stack, to_stack
 from jaxcomp.model.second_moments import output_errors
 from jaxcomp.quantize.affine import encode, find_codes, leaf_of
 from jaxcomp.quantize.formats import AnyFormat
@@ -157,9 +157,6 @@ def _round_leaf(
     nearest, _ = find_codes(leaf, scales, format)
     scale, zero_point, _ = spread_scales(scales, form.shape, format)
 
-    def matrices(x: Array) -> Array:
-        return to_matrix(form, x).reshape(-1, form.features, form.outputs)
-
     def solve(each: Any) -> Array:
         weight, moment, scale, zero_point, nearest = each
         codes = round_matrix(weight, moment, scale, zero_point, damping, format, order, block_size)
@@ -170,12 +167,12 @@ def _round_leaf(
         return jnp.where(error < error_of_nearest, codes, nearest)
 
     parts = (
-        matrices(leaf).astype(jnp.float32),
+        to_stack(form, leaf).astype(jnp.float32),
         moment.reshape(-1, form.features, form.features),
-        matrices(scale),
-        None if zero_point is None else matrices(zero_point),
-        matrices(nearest),
+        to_stack(form, scale),
+        None if zero_point is None else to_stack(form, zero_point),
+        to_stack(form, nearest),
     )
     # One matrix at a time: a stack takes no more memory than its largest.
     codes = lax.map(solve, parts)
-    return from_matrix(form, codes.reshape(*form.groups, form.features, form.outputs)), scales
+    return from_stack(form, codes), scales

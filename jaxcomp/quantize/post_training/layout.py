@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, Shaped
 
 from jaxcomp.arrays.blocks import split_blocks
-from jaxcomp.model.matrices import MatrixForm, from_matrix, to_matrix
+from jaxcomp.model.matrices import MatrixForm, from_stack, to_stack
 from jaxcomp.quantize.formats import AnyFormat
 
 
@@ -71,7 +71,7 @@ def by_group(
         layout: of the leaf.
         spread: of the leaf's shape.
     """
-    matrices = to_matrix(form, spread).reshape(-1, form.features, form.outputs)
+    matrices = to_stack(form, spread)
     size = form.features // layout.groups
     return matrices[:, layout.order[::size]]
 
@@ -94,7 +94,7 @@ def like_scale(
     """
     size = form.features // layout.groups
     full = jnp.repeat(chosen, size, axis=1)[:, np.argsort(layout.order)]
-    leaf = from_matrix(form, full.reshape(*form.groups, form.features, form.outputs))
+    leaf = from_stack(form, full)
     split = split_blocks(leaf, format.blocks(form.shape))
     return split[tuple(slice(0, size) for size in scale.shape)]
 
