@@ -28,8 +28,7 @@ from lsq_models import BATCH, OUTER_BITS, LeNet5, Recipe
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from sparsity import mean_and_spread
-from teacher_runs import conditions, file_of, kept
+from teacher_runs import conditions, file_of, kept, over_seeds
 
 import jaxcomp
 from jaxcomp import compressed, distill, wrap_optimizer
@@ -140,7 +139,7 @@ def table_of(found: dict[Row, list[Tested]], name: str) -> Table:
         own = [result.accuracy for result in results]
         table.add_row(
             name_of(row),
-            mean_and_spread(own, 2),
+            over_seeds(own, 2),
             ", ".join(f"{accuracy:.2f}" for accuracy in own),
             "" if row[0] is None else f"{statistics.mean(own) - whole:+.2f}",
             f"{round(statistics.mean(result.size for result in results)):,}",
@@ -156,7 +155,7 @@ def verdict(found: dict[Row, list[Tested]], bits: int) -> str:
     gains = [b - a for a, b in zip(alone, taught, strict=True)]
     word = "helps" if statistics.mean(gains) > 0 else "DOES NOT HELP"
     return (
-        f"In {bits} bits the teacher {word}: {mean_and_spread(gains, 2)} points, better in "
+        f"In {bits} bits the teacher {word}: {over_seeds(gains, 2)} points, better in "
         f"{sum(gain > 0 for gain in gains)} of {len(gains)} seeds."
     )
 

@@ -25,9 +25,8 @@ import teacher_images_models as models
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from sparsity import mean_and_spread
 from teacher_images_models import BATCH, Lesson, Mlp, Tested, Training
-from teacher_runs import conditions, file_of, kept
+from teacher_runs import conditions, file_of, kept, over_seeds
 
 from jaxcomp.demo import data as images_lib
 
@@ -114,10 +113,10 @@ def table_of(found: dict[str, list[Tested]], options: Options, title: str) -> Ta
         table.add_row(
             name,
             f"2 × {training.width}",
-            mean_and_spread([result.errors for result in results], 1),
+            over_seeds([result.errors for result in results], 1),
             ", ".join(str(result.errors) for result in results),
             str(PUBLISHED[name]),
-            mean_and_spread([result.loss for result in results], 4),
+            over_seeds([result.loss for result in results], 4),
         )
     return table
 
@@ -164,7 +163,7 @@ def main() -> None:
     options = Options(teacher, student, given.seeds, given.blind_seeds, given.runs)
     data = images_lib.load("mnist" if given.data_dir else "digits", given.data_dir)
     found = measure(options, data)
-    console = Console(width=100, highlight=False)
+    console = Console(width=115, highlight=False)
     console.print(table_of(found, options, f"Soft targets on {data.name}"), verdict(found))
     console.print(blind_verdict(found, int((data.test_labels == UNSEEN).sum())))
     lesson = LESSONS[TAUGHT]

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from sparsity import mean_and_spread
 from threshold import cpu_model
 
 import jaxcomp
@@ -29,6 +30,11 @@ def kept(file: pathlib.Path, train: Callable[[], Any]) -> Any:
         jaxcomp.save(unfinished, train())
         unfinished.rename(file)
     return jaxcomp.load(file)
+
+
+def over_seeds(values: list[float], digits: int) -> str:
+    """Mean and sample standard deviation over the seeds; of one seed the value alone."""
+    return mean_and_spread(values, digits) if len(values) > 1 else f"{values[0]:.{digits}f}"
 
 
 def conditions(seeds: list[int]) -> str:

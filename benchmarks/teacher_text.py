@@ -30,9 +30,8 @@ import teacher_text_models as models
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from sparsity import mean_and_spread
 from sparsity_models import Decoder, Quality, Task
-from teacher_runs import conditions, file_of, kept
+from teacher_runs import conditions, file_of, kept, over_seeds
 from teacher_text_models import Lesson
 
 LENGTH, HEADS = 64, 4
@@ -112,10 +111,10 @@ def table_of(found: dict[str, list[Quality]], student: Task, teacher: Task) -> T
         table.add_row(
             name,
             f"{parameters(teacher if name == 'teacher' else student):,}",
-            mean_and_spread(bits, 3),
+            over_seeds(bits, 3),
             ", ".join(f"{b:.3f}" for b in bits),
             "" if name == ALONE else f"{statistics.mean(bits) - alone:+.3f}",
-            mean_and_spread([100 * quality.accuracy for quality in results], 2),
+            over_seeds([100 * quality.accuracy for quality in results], 2),
         )
     return table
 
@@ -126,7 +125,7 @@ def verdict(found: dict[str, list[Quality]], name: str) -> str:
     gains = [alone.bits - taught.bits for taught, alone in pairs]
     word = "helps" if statistics.mean(gains) > 0 else "DOES NOT HELP"
     return (
-        f"{name} {word}: {mean_and_spread(gains, 3)} bits a character fewer than alone, better in "
+        f"{name} {word}: {over_seeds(gains, 3)} bits a character fewer than alone, better in "
         f"{sum(gain > 0 for gain in gains)} of {len(gains)} seeds."
     )
 
