@@ -35,9 +35,9 @@ def relational_distance_loss(
     Args:
         student: float array (batch, ...), all of an example's features.
         teacher: float array of the same batch; the rest of its shape may differ.
-        chunk: examples whose distances to all others are taken at once, which bounds the memory to
-            ``chunk * batch * features``, for gradients too, and is often
-            faster; None takes all.
+        chunk: examples whose distances to all others are taken at once where some are so near each
+            other that the differences of their features have to be taken, which bounds the memory
+            to ``chunk * batch * features``, for gradients too; None takes all.
         where: boolean (batch,), examples that count. The others take part in no relation, and
             their loss is 0.
 
@@ -51,7 +51,7 @@ def relational_distance_loss(
     Example:
         >>> student = jnp.array([[0.0], [1.0], [2.0]])
         >>> teacher = jnp.array([[0.0, 0.0], [4.0, 0.0], [0.0, 3.0]])
-        >>> print(64 * relational_distance_loss(student, teacher))
+        >>> print((64 * relational_distance_loss(student, teacher)).round(4))
         [10.  5. 13.]
 
     Park et al., "Relational Knowledge Distillation", 2019, section 3.2.1.
@@ -84,8 +84,8 @@ def relational_angle_loss(
         student: float array (batch, ...), all of an example's features.
         teacher: float array of the same batch; the rest of its shape may differ.
         chunk: examples at which angles are taken at once, which bounds the memory to
-            ``chunk * (batch * features + batch**2)``, for gradients too, and is often
-            faster; None takes all.
+            ``chunk * (batch * features + batch**2)``, for gradients too; None takes all. A few are
+            often faster than all at once.
         where: boolean (batch,), examples that count. The others take part in no relation, and
             their loss is 0.
 
@@ -113,9 +113,13 @@ def _distance_loss(student: Array, teacher: Array, keep: Array, chunk: int | Non
     counts = pairs(keep)
 
     def relative(x: Array) -> Array:
-        x = scaled(x)
-        others = gathered(x)
-        distances = _each(lambda row: norm(row - others), x, chunk)
+        x, gram, far = _cloud(x, keep)
+
+        def exact() -> Array:
+            others = gathered(x)
+            return gathered(_each(lambda row: norm(row - others), x, chunk))
+
+        distances = _either(far, lambda: _distances(gram), exact)
         mean = masked_mean(distances, counts)
         return distances / jnp.where(mean == 0, 1, mean)
 
@@ -124,16 +128,76 @@ def _distance_loss(student: Array, teacher: Array, keep: Array, chunk: int | Non
 
 @functools.partial(jax.jit, static_argnames="chunk")
 def _angle_loss(student: Array, teacher: Array, keep: Array, chunk: int | None) -> Array:
-    student, teacher, counts = scaled(student), scaled(teacher), pairs(keep)
-    students, teachers, both = gathered(student), gathered(teacher), gathered(counts)
+    counts = pairs(keep)
+    both = gathered(counts)
+    clouds = [_cloud(x, keep) for x in (student, teacher)]
 
-    def at(example: tuple[Array, Array, Array]) -> Array:
-        s, t, others = example
-        cosines = [products(normalized(x - y)) for x, y in ((students, s), (teachers, t))]
-        angles = both & others[:, None] & others[None, :]
-        return masked_mean(_huber(cosines[0] - cosines[1]), angles)
+    def losses(cosines_at: Callable[[Any], list[Array]], counts: Array, *examples: Array) -> Array:
+        def at(example: Any) -> Array:
+            others, *own = example
+            first, second = cosines_at(own)
+            angles = both & others[:, None] & others[None, :]
+            return masked_mean(_huber(first - second), angles)
 
-    return _each(at, (student, teacher, counts), chunk)
+        return gathered(_each(at, (counts, *examples), chunk))
+
+    def from_products() -> Array:
+        inner = [(gram, _inverse(_distances(gram))) for _, gram, _ in clouds]
+
+        def cosines_at(own: Any) -> list[Array]:
+            (i,) = own
+            return [
+                (gram - gram[i][:, None] - gram[i][None, :] + gram[i, i])
+                * (inverse[i][:, None] * inverse[i][None, :])
+                for gram, inverse in inner
+            ]
+
+        return losses(cosines_at, both, jnp.arange(len(keep)))
+
+    def exact() -> Array:
+        others = [gathered(x) for x, _, _ in clouds]
+
+        def cosines_at(own: Any) -> list[Array]:
+            return [products(normalized(x - y)) for x, y in zip(others, own, strict=True)]
+
+        return losses(cosines_at, counts, *(x for x, _, _ in clouds))
+
+    return _either(clouds[0][2] & clouds[1][2], from_products, exact)
+
+
+def _cloud(x: Array, keep: Array) -> tuple[Array, Array, Array]:
+    """Rows around their mean, their inner products, and whether these tell all rows apart.
+
+    Distances and angles from inner products cost a matrix product, not a look at every feature for
+    every pair (or three), but lose the digits that two rows have in common. Where rows are near
+    each other, the differences themselves have to be taken.
+    """
+    x = scaled(x)
+    x = jnp.where(keep[:, None], x - masked_mean(x, keep[:, None], 0), 0)
+    gram = gathered(products(x))
+    square = jnp.diagonal(gram)
+    far = _squared_distances(gram) > (square[:, None] + square[None, :]) / 32
+    return x, gram, jnp.all(far | ~gathered(pairs(keep)))
+
+
+def _either(first: Array, one: Callable[[], Array], other: Callable[[], Array]) -> Array:
+    """One of two; what its backward pass needs it computes again, for it would be kept of both."""
+    return jax.lax.cond(first, jax.checkpoint(one), jax.checkpoint(other))
+
+
+def _squared_distances(gram: Array) -> Array:
+    square = jnp.diagonal(gram)
+    return square[:, None] + square[None, :] - 2 * gram
+
+
+def _distances(gram: Array) -> Array:
+    """From inner products of rows that are far apart, where they are no row's with itself."""
+    square = jnp.maximum(_squared_distances(gram), 0) * ~jnp.eye(len(gram), dtype=bool)
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+
+
+def _inverse(distances: Array) -> Array:
+    return jnp.where(distances > 0, 1 / jnp.where(distances > 0, distances, 1), 0)
 
 
 def _each(function: Callable[[Any], Array], examples: Any, chunk: int | None) -> Array:

@@ -139,16 +139,28 @@ class TestRelational:
         np.testing.assert_allclose(COMPILED["distances"](student, teacher), 0, atol=1e-8)
         np.testing.assert_allclose(COMPILED["angles"](student, teacher), 0, atol=1e-8)
 
-    def test_the_memory_of_chunks_does_not_grow_with_the_cube_of_the_batch(self):
-        x = jax.ShapeDtypeStruct((128, 4), jnp.float32)
+    @pytest.mark.parametrize("name", ["distances", "angles"])
+    def test_near_and_far_examples_are_told_apart_alike(self, name):
+        """Whether differences or inner products are taken depends on the nearest two."""
+        student, teacher = rows(0), rows(1)
+        # The first needs differences, of which float32 knows four digits; the second does not.
+        for moved in (1e-3, 0.5):
+            near = student.copy()
+            near[1] = near[0] + moved * near[2]
+            with jax.enable_x64(True):
+                exact = LOSSES[name](near.astype(np.float64), teacher.astype(np.float64))
+            np.testing.assert_allclose(COMPILED[name](near, teacher), exact, rtol=1e-4, atol=1e-7)
 
-        def memory(chunk):
+    def test_the_memory_of_chunks_does_not_grow_with_the_cube_of_the_batch(self):
+        def memory(batch, chunk):
+            x = jax.ShapeDtypeStruct((batch, 4), jnp.float32)
             loss = functools.partial(relational_angle_loss, chunk=chunk)
             total = jax.jit(jax.grad(lambda s, t: loss(s, t).sum()))
             analysis = total.lower(x, x).compile().memory_analysis()
             return getattr(analysis, "temp_size_in_bytes", 0)
 
-        assert 8 * memory(4) < 4 * 128**3 < memory(None)
+        assert 8 * memory(128, 4) < 4 * 128**3 * 2 < memory(128, None)
+        assert memory(128, 4) < 4.5 * memory(64, 4)
 
 
 class TestProbabilistic:
