@@ -148,8 +148,9 @@ def test_a_measured_budget_removes_something_and_says_what_it_took():
     assert dense.after == dense.before
     (note,) = dense.notes
     taken = float(note.split()[1])
+    # A sixth, so that a machine that was busy the first time has something to remove all the same.
     smaller = prune.channels(
-        mlp, wide, x, budget=prune.Budget(milliseconds=taken / 2), round_to=128, progress=False
+        mlp, wide, x, budget=prune.Budget(milliseconds=taken / 6), round_to=128, progress=False
     )
     assert smaller.after.macs < dense.before.macs
     assert smaller.notes[0].startswith("budget: ")
