@@ -15,8 +15,8 @@ projections are trained by the same optimizer and not kept.
 
 What is tested is the network after the last step; no step or seed is chosen. Temperature, weights
 and the learning rate are usual values and were not searched for. The training is short: a student
-reads less than the text once, so that what is compared is how fast it learns, not where it ends.
-Finished runs are kept in ``--runs``.
+reads less than the text once and could go on learning, alone too, so that what is compared is what
+they know after equally many steps, not where they would end. Finished runs are kept in ``--runs``.
 """
 
 import argparse
@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--widths", type=int, nargs=2, default=[96, 64], help="teacher, student")
     parser.add_argument("--depths", type=int, nargs=2, default=[4, 2], help="likewise")
-    parser.add_argument("--steps", type=int, nargs=2, default=[2000, 1000], help="likewise")
+    parser.add_argument("--steps", type=int, nargs=2, default=[6000, 3000], help="likewise")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("teacher_runs"))
     options = parser.parse_args()
@@ -152,7 +152,8 @@ def main() -> None:
     console.print(
         f"{student.describe}. Width {options.widths[0]} and depth {options.depths[0]} teach "
         f"{options.widths[1]} and {options.depths[1]} ({pairs}); {teacher.steps:,} and "
-        f"{student.steps:,} steps of {options.batch_size} × {LENGTH} characters, AdamW at "
+        f"{student.steps:,} steps of {options.batch_size} × {LENGTH} characters (a student reads "
+        f"{student.steps * options.batch_size * LENGTH:,} in all), AdamW at "
         f"{student.rate}; temperature {lesson.temperature:g}, weight of the teacher's "
         f"distributions {lesson.weight}, of its hidden states {lesson.features}. "
         + conditions(options.seeds)
