@@ -112,7 +112,7 @@ def test_a_student_of_few_bits_is_packed_in_few_bits(benchmark):
     whole, module = bits.LeNet5(recipe.widths), bits.LeNet5(recipe.widths, 2)
     start = whole.init(jax.random.key(0), images)["params"]
     params = bits.models.with_steps(module, start, images)
-    packed = bits.fit(module, params, start, data, recipe, 0, lambda: None)
+    packed = bits.fit(module, params, start, data, recipe, bits.Lesson(4.0, 0.9), 0, lambda: None)
     kernel = np.asarray(jax.tree.leaves(bits.jaxcomp.decode(packed["conv"]["kernel"]))[0])
     assert len(np.unique(kernel)) <= 4
     assert len(np.unique(start["conv"]["kernel"])) == kernel.size
