@@ -61,12 +61,14 @@ def features(apply_fn: Callable[..., Any], params: Any, *inputs: Any, at: Any) -
     Args:
         apply_fn: a function of ``(params, *inputs)`` that ``jax.jit`` can trace.
         params: its parameter tree; compressed leaves are decoded.
-        *inputs: pytrees of arrays.
+        *inputs: pytrees of arrays; close over what is none, such as ``train=False``.
         at: shell-style patterns over the names of values, of which there are four kinds:
 
             * the path of a parameter, ``params/Dense_0/kernel``: the result of the product, sum or
-              look-up in which it meets the data (a second one is ``…/kernel#2``);
-            * a scope, ``Model/Block_0``: what leaves a Linen module or a ``jax.named_scope``;
+              look-up in which it meets the data (a second one is ``…/kernel#2``), with the axes
+              of that operation: under ``jax.vmap`` the batch need not come first;
+            * a scope, ``Model/Block_0``: what leaves a Linen module or a ``jax.named_scope``, the
+              last of what is computed there and read outside;
             * a name given in the model by ``jax.ad_checkpoint.checkpoint_name``;
             * ``outputs/…``: an output by its path, also what ``sow`` collected, where the function
               returns the collection.
@@ -168,7 +170,11 @@ def frozen(tree: Any, dtype: Any = None) -> Any:
         >>> print(params["kernel"].dtype, x.dtype)
         bfloat16 int32
     """
-    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+    try:
+        floating = dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        floating = False
+    if not floating:
         raise TypeError(f"dtype must be floating, such as jnp.bfloat16, not {dtype!r}")
 
     def stop(leaf: Any) -> Any:
@@ -184,10 +190,15 @@ def _read(
     apply_fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...]
 ) -> tuple[Program, Any]:
     params = decode(params)
+    for leaf in jax.tree.leaves(inputs):
+        if isinstance(leaf, (bool, str)):
+            raise TypeError(f"inputs must be arrays, not {leaf!r}: close over it in apply_fn")
     return read(apply_fn, params, *inputs), params
 
 
 def _matched(every: Iterable[Named], at: Any) -> list[Named]:
+    if not isinstance(at, Iterable):
+        raise TypeError(f"at must be patterns of names, not {at!r}; list_features names all")
     patterns = [at] if isinstance(at, str) else list(at)
     by_name = {named.name: named for named in every}
     chosen: set[str] = set()

@@ -35,11 +35,26 @@ def as_floats(**arrays: Any) -> tuple[Array, ...]:
         dtype('float32')
     """
     made = [jnp.asarray(array) for array in arrays.values()]
-    for name, array in zip(arrays, made, strict=True):
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise TypeError(f"{name} must be floating point, got {array.dtype}: cast it.")
+    check_floating(**dict(zip(arrays, made, strict=True)))
     dtype = computing_dtype(*made)
     return tuple(array.astype(dtype) for array in made)
+
+
+def check_floating(**arrays: Array) -> None:
+    """Raise unless all arrays are floating point.
+
+    Raises:
+        TypeError: one is not.
+
+    Example:
+        >>> check_floating(logits=jnp.arange(3))
+        Traceback (most recent call last):
+        ...
+        TypeError: logits must be floating point, got int32: cast it.
+    """
+    for name, array in arrays.items():
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(f"{name} must be floating point, got {array.dtype}: cast it.")
 
 
 def computing_dtype(*arrays: Array) -> Any:
@@ -86,21 +101,27 @@ def check_same_batch(**arrays: Array) -> None:
         ValueError: student (2, 3) and teacher (3, 3) must hold the same examples on axis 0
     """
     sizes = {array.shape[:1] for array in arrays.values()}
-    if len(sizes) > 1 or () in sizes or (0,) in sizes:
-        told = " and ".join(f"{name} {array.shape}" for name, array in arrays.items())
+    told = " and ".join(f"{name} {array.shape}" for name, array in arrays.items())
+    if len(sizes) > 1 or () in sizes:
         raise ValueError(f"{told} must hold the same examples on axis 0")
+    if (0,) in sizes:
+        raise ValueError(f"{told} hold no example on axis 0: at least one is needed.")
 
 
 def check_axis(name: str, array: Any, axis: int) -> int:
     """An axis of an array, or of a ``jax.ShapeDtypeStruct``, counted from the front.
 
     Raises:
+        TypeError: no array.
         ValueError: the array lacks it, or it is empty.
 
     Example:
         >>> check_axis("student", jnp.ones((2, 3)), -1)
         1
     """
+    if not hasattr(array, "shape"):
+        kind = type(array).__name__
+        raise TypeError(f"{name} must be an array or a jax.ShapeDtypeStruct, not a {kind}.")
     shape = array.shape
     if not -len(shape) <= axis < len(shape) or shape[axis] == 0:
         raise ValueError(f"{name} {shape} has nothing on axis {axis}: pass the right axis=.")
@@ -139,6 +160,21 @@ def as_mask(where: Any, *shapes: Sequence[int]) -> Array:
             return keep.reshape(keep.shape + (1,) * (len(full) - keep.ndim))
     wanted = " or ".join(str(tuple(shape)) for shape in shapes)
     raise ValueError(f"where {keep.shape} must have the shape {wanted}, or size 1 on some axes.")
+
+
+def masked_shapes(shape: Sequence[int], axis: int) -> tuple[tuple[int, ...], ...]:
+    """What a mask of positions may span, for :func:`as_mask`: all of them, or whole examples.
+
+    Args:
+        shape: of the features.
+        axis: of their channels, from the front.
+
+    Example:
+        >>> masked_shapes((2, 5, 3), 2)
+        ((2,), (2, 5))
+    """
+    positions = (*shape[:axis], *shape[axis + 1 :])
+    return (positions[:1], positions) if axis and len(positions) > 1 else (positions,)
 
 
 def masked_mean(x: Array, keep: Array, axis: int | Sequence[int] | None = None) -> Array:

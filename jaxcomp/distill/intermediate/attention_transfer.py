@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
 
+from jaxcomp.checks import is_number
 from jaxcomp.distill.inputs import masked_mean, norm, normalized
 from jaxcomp.distill.intermediate.layouts import as_maps, check_same_positions
 
@@ -33,7 +34,7 @@ def attention_transfer_loss(
     Args:
         student: float array (batch, positions..., channels), or with the channels on ``axis``.
         teacher: float array of the same batch and positions; its channels may differ in number.
-        power: at least 1; the higher, the more the strongest positions count.
+        power: a Python number of at least 1; the higher, the more the strongest positions count.
         squared: the mean of squares, of the authors' code, in place of the paper's distance.
         axis: the channel axis of both.
         where: boolean (batch,) or (batch, positions...): what counts. An example without any has
@@ -56,6 +57,8 @@ def attention_transfer_loss(
     """
     (s, t), (keep, _) = as_maps(axis, where, student=student, teacher=teacher)
     check_same_positions(student=s, teacher=t)
+    if not is_number(power) or isinstance(power, jax.Array):
+        raise TypeError(f"power must be a Python number, not {power!r:.60}: it is compiled with.")
     if not power >= 1:
         raise ValueError(f"power {power} must be at least 1: 2 squares the features.")
     return _loss(s, t, keep, power, squared)

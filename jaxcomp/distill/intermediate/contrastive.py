@@ -5,9 +5,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
 
+from jaxcomp.checks import check_count
 from jaxcomp.distill.inputs import (
     as_floats,
     as_mask,
@@ -17,6 +19,7 @@ from jaxcomp.distill.inputs import (
     normalized,
 )
 from jaxcomp.distill.intermediate.projection import init_projection, project
+from jaxcomp.sharding import automatic, spec_like
 
 
 class ContrastiveMemory(NamedTuple):
@@ -64,6 +67,7 @@ def init_contrastive(
 
     Tian, Krishnan and Isola, "Contrastive Representation Distillation", 2020, section 3.
     """
+    check_count("features", features)
     out = jax.ShapeDtypeStruct((1, features), jnp.float32)
     keys, heads = jax.random.split(key), {}
     for k, name, array in zip(keys, ("student", "teacher"), (student, teacher), strict=True):
@@ -176,9 +180,26 @@ def contrastive_loss(
     count = len(memory.student)
     ids, there = _check_indices("indices", indices, count, s.shape[:1], keep)
     others, known_others = _negatives(key, negatives, ids, count, keep)
-    there &= known_others
-    chosen = jnp.concatenate([ids[:, None], others], 1)
     temperature = _check_temperature(temperature, s.dtype)
+    momentum = check_scalar("momentum", momentum, 0, 1, "must be in [0, 1]: 0.5 is usual")
+    there &= known_others
+    compare = automatic(_compare, out=(_rows(s), PartitionSpec()))
+    return compare(memory, s, t, ids, others, there, keep, temperature, momentum)
+
+
+def _compare(
+    memory: ContrastiveMemory,
+    s: Array,
+    t: Array,
+    ids: Array,
+    others: Array,
+    there: Array,
+    keep: Array,
+    temperature: Array,
+    momentum: Array,
+) -> tuple[Array, ContrastiveMemory]:
+    """The losses of unit vectors, and the memory after them."""
+    chosen = jnp.concatenate([ids[:, None], others], 1)
     scores = jnp.stack([_scores(s, memory.teacher, chosen), _scores(t, memory.student, chosen)])
     scores = scores / temperature
     log_means, begun = _log_means(memory, scores, keep & there)
@@ -186,7 +207,6 @@ def contrastive_loss(
     odds = scores - log_means.astype(scores.dtype)[:, None, None] - math.log(others.shape[1])
     losses = jax.nn.softplus(-odds[..., 0]) + jnp.sum(jax.nn.softplus(odds[..., 1:]), -1)
     losses = jnp.where(keep, jnp.where(there, jnp.sum(losses, 0), jnp.nan), 0)
-    momentum = check_scalar("momentum", momentum, 0, 1, "must be in [0, 1]: 0.5 is usual")
     moved = ContrastiveMemory(
         student=_remember(memory.student, s, ids, keep & there, momentum),
         teacher=_remember(memory.teacher, t, ids, keep & there, momentum),
@@ -238,13 +258,23 @@ def in_batch_contrastive_loss(
     Natural Language Supervision", 2021, section 2.3.
     """
     s, t, keep = _embed(heads, student, teacher, where)
-    scores = s @ t.T / _check_temperature(temperature, s.dtype)
+    temperature = _check_temperature(temperature, s.dtype)
+    return automatic(_in_batch, out=_rows(s))(s, t, keep, temperature)
+
+
+def _in_batch(s: Array, t: Array, keep: Array, temperature: Array) -> Array:
+    scores = jnp.matmul(s, t.T, precision=jax.lax.Precision.HIGHEST) / temperature
     own, both = jnp.diagonal(scores), keep[:, None] & keep[None]
     scores = jnp.where(both, scores, -jnp.inf)
     # Rows that do not count keep one finite score, for a gradient without NaN.
     scores = jnp.where(jnp.eye(len(s), dtype=bool), own, scores)
     found = jax.nn.logsumexp(scores, 0) + jax.nn.logsumexp(scores, 1)
     return jnp.where(keep, found / 2 - own, 0)
+
+
+def _rows(vectors: Array) -> PartitionSpec:
+    """Where one number for each vector lies: as the vectors do."""
+    return PartitionSpec(*spec_like(vectors, (len(vectors), 1))[:1])
 
 
 def _embed(
@@ -267,10 +297,11 @@ def _embed(
 def _scores(anchors: Array, remembered: Array, chosen: Array) -> Array:
     """Products of each anchor (batch, features) with its chosen rows of the memory."""
     remembered = jax.lax.stop_gradient(remembered).astype(anchors.dtype)
+    exact = jax.lax.Precision.HIGHEST
     if chosen.shape[1] * anchors.shape[1] < len(remembered):
-        return jnp.einsum("bf,bnf->bn", anchors, remembered[chosen])
+        return jnp.einsum("bf,bnf->bn", anchors, remembered[chosen], precision=exact)
     # All scores take less room than the chosen rows.
-    return jnp.take_along_axis(anchors @ remembered.T, chosen, 1)
+    return jnp.take_along_axis(jnp.matmul(anchors, remembered.T, precision=exact), chosen, 1)
 
 
 def _log_means(memory: ContrastiveMemory, scores: Array, keep: Array) -> tuple[Array, Array]:
@@ -305,8 +336,9 @@ def _negatives(
         if others.ndim != 2 or 0 in shape:
             raise ValueError(f"negatives {others.shape} must be (batch, negatives).")
         return others, jnp.all(there, 1)
-    if negatives < 1:
-        raise ValueError(f"negatives {negatives} must be at least 1.")
+    check_count("negatives", negatives)
+    if key is None:
+        raise TypeError("key is None: pass a PRNG key, or the negatives themselves.")
     steps = jax.random.randint(key, (len(ids), negatives), 1, count, ids.dtype)
     return (ids[:, None] + steps) % count, jnp.ones_like(keep)
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
 
+from jaxcomp.checks import check_count
 from jaxcomp.distill.inputs import check_scalar, masked_mean, normalized
 from jaxcomp.distill.intermediate.layouts import all_pairs, as_rows, products
 
@@ -63,8 +64,8 @@ def correlation_congruence_loss(
         raise ValueError(f'kernel {kernel!r} must be "gaussian" or "linear".')
     if kernel == "linear" and not (gamma is None and order is None):
         raise ValueError('gamma and order are of kernel="gaussian": leave them out.')
-    if order is not None and order < 1:
-        raise ValueError(f"order {order} must be at least 1: 2 is the paper's.")
+    if order is not None:
+        check_count("order", order)
     rows = as_rows(student, teacher, where)
     if kernel == "linear":
         return _loss(*rows)

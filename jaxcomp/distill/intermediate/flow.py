@@ -95,7 +95,8 @@ def flow_loss(
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise ValueError(f"{name} must be a pair of arrays, the features of two layers.")
     # In one dtype, whichever of the four is float64.
-    a, b, c, d = as_floats(**dict(zip("abcd", (*student, *teacher), strict=True)))
+    names = [f"{side}[{i}]" for side in ("student", "teacher") for i in (0, 1)]
+    a, b, c, d = as_floats(**dict(zip(names, (*student, *teacher), strict=True)))
     s, t = (flow_matrix(*pair, axis=axis, where=where) for pair in ((a, b), (c, d)))
     check_same_shape("project the student's channels.", student=s, teacher=t)
     return jnp.sum(jnp.square(s - t), (1, 2))

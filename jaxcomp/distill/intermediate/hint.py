@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
 
-from jaxcomp.distill.inputs import as_floats, as_mask, check_axis, check_same_shape
+from jaxcomp.distill.inputs import as_floats, as_mask, check_axis, check_same_shape, masked_shapes
 
 
 def hint_loss(
@@ -50,5 +50,5 @@ def hint_loss(
     s, t = as_floats(student=student, teacher=teacher)
     check_same_shape("project or resize the student.", student=s, teacher=t)
     axis = check_axis("student", s, axis)
-    keep = jnp.expand_dims(as_mask(where, s.shape[:axis] + s.shape[axis + 1 :]), axis)
+    keep = jnp.expand_dims(as_mask(where, *masked_shapes(s.shape, axis)), axis)
     return jnp.mean(jnp.square(jnp.where(keep, s, 0) - jnp.where(keep, t, 0)), axis)

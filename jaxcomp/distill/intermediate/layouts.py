@@ -93,10 +93,24 @@ def as_rows(student: Any, teacher: Any, where: Any) -> tuple[Array, Array, Array
         if x.ndim < 2 or 0 in x.shape:
             raise ValueError(f"{name} {x.shape} must be (batch, ...), with features an example.")
     batch = len(s)
-    keep = jnp.broadcast_to(as_mask(where, (batch,)), (batch,))
+    keep = laid_as(jnp.broadcast_to(as_mask(where, (batch,)), (batch,)), s)
     s, t = (gathered(x, 1).reshape(batch, -1) for x in (s, t))
     s, t = (jnp.where(keep[:, None], x, 0) for x in (s, t))
     return s, t, keep
+
+
+def laid_as(mask: Array, rows: Array) -> Array:
+    """A mask (batch,) sharded as the first axis of rows is, where a mesh has explicit axes.
+
+    Example:
+        >>> laid_as(jnp.ones(2, bool), jnp.ones((2, 3))).shape
+        (2,)
+    """
+    sharding = jax.typeof(rows).sharding
+    spec = jax.P(*sharding.spec[:1])
+    if jax.typeof(mask).sharding.spec == spec:
+        return mask
+    return jax.sharding.reshard(mask, jax.NamedSharding(sharding.mesh, spec))
 
 
 def pairs(keep: Array) -> Array:

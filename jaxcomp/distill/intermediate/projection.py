@@ -84,6 +84,8 @@ def project(
 
     Romero et al., "FitNets: Hints for Thin Deep Nets", 2015, eq. 3 (the regressor).
     """
+    if "kernel" not in projection:
+        raise ValueError(f"projection holds {list(projection)}, but no 'kernel': init_projection.")
     kernel = jnp.asarray(projection["kernel"])
     features, kernel = as_floats(features=features, kernel=kernel)
     axis = check_axis("features", features, axis)
@@ -132,6 +134,8 @@ def resize(
     """
     (x,) = as_floats(features=features)
     axis = check_axis("features", x, axis)
+    if not isinstance(sizes, Sequence):
+        raise TypeError(f"sizes must be one for each position axis, not {sizes!r:.60}")
     positions = [i for i in range(1, x.ndim) if i != axis]
     if axis == 0 or len(positions) != len(sizes) or any(size < 1 for size in sizes):
         message = f"sizes {tuple(sizes)} must be positive, one for each position axis of features"

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
 
+from jaxcomp.checks import check_count
 from jaxcomp.distill.inputs import masked_mean, norm, normalized
 from jaxcomp.distill.intermediate.layouts import as_rows, gathered, pairs, products, scaled
 
@@ -214,5 +215,5 @@ def _huber(x: Array) -> Array:
 
 
 def _check_chunk(chunk: int | None) -> None:
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk {chunk} must be at least 1: None takes all examples at once.")
+    if chunk is not None:
+        check_count("chunk", chunk)

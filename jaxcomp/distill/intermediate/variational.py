@@ -8,7 +8,14 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
 
-from jaxcomp.distill.inputs import as_floats, as_mask, check_axis, check_same_shape, check_scalar
+from jaxcomp.distill.inputs import (
+    as_floats,
+    as_mask,
+    check_axis,
+    check_same_shape,
+    check_scalar,
+    masked_shapes,
+)
 from jaxcomp.distill.intermediate.projection import init_projection, project
 
 
@@ -95,7 +102,7 @@ def variational_loss(
     s, t, raw = as_floats(student=student, teacher=teacher, raw_variance=params["raw_variance"])
     axis = check_axis("teacher", t, axis)
     positions = t.shape[:axis] + t.shape[axis + 1 :]
-    keep = as_mask(where, positions)
+    keep = as_mask(where, *masked_shapes(t.shape, axis))
     wide = jnp.expand_dims(keep, axis)
     if s.ndim != t.ndim or s.shape[:axis] + s.shape[axis + 1 :] != positions:
         message = f"student {s.shape} and teacher {t.shape} must agree on all axes but {axis}"

@@ -11,7 +11,15 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from jaxcomp.distill.language.sampling import Apply, Options, check_prompts, run_loop, with_room
+from jaxcomp.checks import check_count
+from jaxcomp.distill.language.sampling import (
+    Apply,
+    Options,
+    check_prompts,
+    checked_logits,
+    run_loop,
+    with_room,
+)
 
 
 class Beams(NamedTuple):
@@ -84,8 +92,7 @@ def beam_search(
     Kim and Rush, "Sequence-Level Knowledge Distillation", 2016, section 3.2.
     """
     tokens, lengths = check_prompts(tokens, lengths, steps)
-    if beams < 1:
-        raise ValueError(f"beams {beams} must be at least 1.")
+    check_count("beams", beams)
     options = Options(steps, end, pad, beams)
     return run_loop(_search, apply_fn, options, tokens, lengths, params)
 
@@ -107,7 +114,7 @@ def _search(apply_fn: Apply, options: Options, tokens: Array, lengths: Array, pa
         spread(texts),
         spread(lengths),
         # All beams begin alike: only one of them may be followed.
-        jnp.where(jnp.arange(beams) == 0, jnp.zeros((batch, 1)), -jnp.inf),
+        jnp.where(jnp.arange(beams) == 0, jnp.zeros((batch, 1), jnp.float32), -jnp.inf),
         jnp.zeros((batch, beams), bool),
     )
 
@@ -115,7 +122,8 @@ def _search(apply_fn: Apply, options: Options, tokens: Array, lengths: Array, pa
         return (state.step < options.steps) & ~jnp.all(state.done)
 
     def extend(state: _State) -> _State:
-        logits = apply_fn(params, state.tokens.reshape(batch * beams, total))
+        tokens = state.tokens.reshape(batch * beams, total)
+        logits = checked_logits(apply_fn(params, tokens), tokens.shape)
         last = logits[jnp.arange(batch * beams), state.ends.reshape(-1) - 1]
         log_p = jax.nn.log_softmax(last.astype(jnp.float32), -1).reshape(batch, beams, -1)
         return _best(state, log_p, end)

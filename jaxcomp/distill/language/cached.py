@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxcomp.checkpoint.errors import CheckpointError
 from jaxcomp.checkpoint.files import resolve_target, write_file
+from jaxcomp.checks import check_function
 from jaxcomp.distill.language import records
 from jaxcomp.distill.language.rows import LARGEST_VOCABULARY, Dtype, Layout, decode, encode
 from jaxcomp.distill.language.top_logits import TopLogits
@@ -49,8 +50,11 @@ class TeacherFile:
         return len(self.starts)
 
     def __getitem__(self, number: Any) -> TopLogits:
+        number = operator.index(number)
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"{self.path} has no batch {number}: it holds {len(self)}.")
         with _naming(self.path):
-            at = self.starts[operator.index(number)]
+            at = self.starts[number]
             payload, shape = records.read_payload(self.data, at, self.layout)
             return decode(payload, shape, self.layout)
 
@@ -91,6 +95,7 @@ def write_teacher(
         How many batches the file holds in the end.
 
     Raises:
+        TypeError: ``batches`` is no function, or a batch is no ``TopLogits``.
         CheckpointError: the file that is there is damaged, or something else.
         ValueError: the file that is there was written with other options or of another kind of
             batches; a batch of another kind, without positions, or with NaN.
@@ -113,6 +118,7 @@ def write_teacher(
     """
     if dtype not in get_args(Dtype):
         raise ValueError(f"dtype {dtype!r} must be one of {', '.join(get_args(Dtype))}.")
+    check_function("batches", batches, "a function of the number of batches that are there")
     told = {name: str(word) for name, word in (about or {}).items()}
     target = resolve_target(path)
     with _naming(target):
@@ -121,6 +127,9 @@ def write_teacher(
     with contextlib.ExitStack() as stack:
         file = None
         for top in batches(done):
+            if not isinstance(top, TopLogits):
+                kind = type(top).__name__
+                raise TypeError(f"batch {number} must be TopLogits, not {kind}: top_logits.")
             made = _layout_of(top, dtype)
             _check_same(f"batch {number}", made, "those before it", layout or made)
             payload, shape = encode(top, made), np.shape(top.indices)[:-1]

@@ -31,6 +31,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int, PRNGKeyArray, Shaped
 
+from jaxcomp.checks import check_count
 from jaxcomp.distill.inputs import check_scalar, known
 from jaxcomp.sharding import automatic, spec_like
 
@@ -209,8 +210,7 @@ def check_prompts(tokens: Any, lengths: Any, steps: int) -> tuple[Array, Array]:
             f"tokens {tokens.shape} must be (batch, length), neither of them 0, and lengths "
             f"{lengths.shape} (batch,)."
         )
-    if steps < 1:
-        raise ValueError(f"steps {steps} must be at least 1.")
+    check_count("steps", steps)
     longest = tokens.shape[1]
     if value is not None and not (np.all(value >= 1) and np.all(value <= longest)):
         wrong = value[(value < 1) | (value > longest)][0]
@@ -219,6 +219,29 @@ def check_prompts(tokens: Any, lengths: Any, steps: int) -> tuple[Array, Array]:
             "with the token that begins texts."
         )
     return tokens.astype(jnp.int32), lengths.astype(jnp.int32)
+
+
+def checked_logits(logits: Any, shape: tuple[int, ...]) -> Any:
+    """What a model returned, if it is logits for tokens of this shape.
+
+    Raises:
+        TypeError: it is no array.
+        ValueError: it has another shape.
+
+    Example:
+        >>> checked_logits(jnp.ones((2, 9)), (2, 3))
+        Traceback (most recent call last):
+        ...
+        ValueError: the model gives (2, 9) for tokens (2, 3): it must give (2, 3, vocabulary).
+    """
+    if not hasattr(logits, "shape"):
+        kind = type(logits).__name__
+        raise TypeError(f"the model gives a {kind}: wrap it in a function that gives logits alone.")
+    if logits.ndim != len(shape) + 1 or logits.shape[:-1] != shape:
+        wanted = f"({', '.join(map(str, shape))}, vocabulary)"
+        message = f"the model gives {logits.shape} for tokens {shape}"
+        raise ValueError(f"{message}: it must give {wanted}.")
+    return logits
 
 
 def with_room(tokens: Array, lengths: Array, options: Options) -> Array:
@@ -284,7 +307,7 @@ def _sample(
     def write(state: Any) -> Any:
         step, texts, ends, done = state
         # One row of logits an example: those that choose what comes next.
-        logits = apply_fn(params, texts)[rows, ends - 1]
+        logits = checked_logits(apply_fn(params, texts), texts.shape)[rows, ends - 1]
         token = _choose(logits, jax.random.fold_in(key, step), temperature)
         texts = texts.at[rows, ends].set(jnp.where(done, texts[rows, ends], token))
         over = done if options.end is None else done | (token == options.end)
@@ -316,6 +339,7 @@ def _decode(
     def write(state: Any) -> Any:
         at, texts, cache, ends, done = state
         logits, cache = step_fn(params, cache, texts[:, at])
+        logits = checked_logits(logits, texts.shape[:1])
         token = _choose(logits, jax.random.fold_in(key, at), temperature)
         writes = (at + 1 >= lengths) & ~done
         texts = texts.at[:, at + 1].set(jnp.where(writes, token, texts[:, at + 1]))

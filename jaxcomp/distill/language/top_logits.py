@@ -20,7 +20,8 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
 
-from jaxcomp.distill.inputs import as_mask, computing_dtype, known
+from jaxcomp.checks import check_count
+from jaxcomp.distill.inputs import as_mask, check_floating, computing_dtype, known
 from jaxcomp.distill.logits.checks import check_temperature
 from jaxcomp.distill.logits.softmax import divergence, softmax
 from jaxcomp.sharding import automatic, spec_like
@@ -80,9 +81,10 @@ def top_logits(
     (on what a student learns wrong without the rest).
     """
     array = _as_logits("logits", logits)
+    check_count("count", count)
     vocabulary = array.shape[-1]
-    if not 1 <= count <= vocabulary:
-        raise ValueError(f"count {count} must be in 1 to {vocabulary}, the size of the vocabulary.")
+    if count > vocabulary:
+        raise ValueError(f"count {count} is above {vocabulary}, the size of the vocabulary.")
     number = _known_temperature(temperature)
     values, indices, rest = _top(array, count, number)
     return TopLogits(values, indices, rest, vocabulary, number)
@@ -136,11 +138,12 @@ def top_divergence(
         [0.1399]
         [0.1497]
 
-    Cover and Thomas, "Elements of Information Theory", 2006, section 2.8 (coarser classes never
+    Cover and Thomas, "Elements of Information Theory", 2006, section 2.7 (coarser classes never
     diverge more).
     """
     student = _as_logits("student_logits", student_logits)
     _check_top(top, student.shape, rest)
+    _check_indices(top)
     dtype = computing_dtype(student, jnp.asarray(top.values))
     keep = as_mask(where, student.shape[:-1])
     if rest == "class":
@@ -203,25 +206,26 @@ def _rows(logits: Array) -> PartitionSpec:
 
 def _as_logits(name: str, logits: Any) -> Array:
     array = jnp.asarray(logits)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(f"{name} must be floating point, got {array.dtype}: cast it.")
+    check_floating(**{name: array})
     if not array.ndim or not array.shape[-1]:
         raise ValueError(f"{name} {array.shape} must have the vocabulary on its last axis.")
     return array
 
 
 def _known_temperature(temperature: Any) -> float:
-    array = check_temperature(temperature, jnp.float32)
-    value = known(array)
+    value = known(temperature)
     if value is None:
         message = "temperature must be a number here, not traced: the rest is stored for one"
         raise ValueError(f"{message}; take the top outside jit, or close over a Python float.")
+    check_temperature(temperature, jnp.float32)
     return float(value)
 
 
 def _check_top(top: TopLogits, shape: tuple[int, ...], rest: str) -> None:
     if rest not in ("class", "drop"):
         raise ValueError(f'rest {rest!r} must be "class" or "drop".')
+    if not isinstance(top, TopLogits):
+        raise TypeError(f"top must be TopLogits, not {type(top).__name__}: take it by top_logits.")
     indices, values = jnp.shape(top.indices), jnp.shape(top.values)
     if indices != values or not values or values[:-1] != shape[:-1]:
         raise ValueError(
@@ -232,6 +236,22 @@ def _check_top(top: TopLogits, shape: tuple[int, ...], rest: str) -> None:
         raise ValueError(
             f"student_logits {shape} have {shape[-1]} tokens, the teacher {top.vocabulary}: leave "
             "out the tokens that only the student has, or take the top of the same ones."
+        )
+
+
+def _check_indices(top: TopLogits) -> None:
+    if not jnp.issubdtype(jnp.asarray(top.indices).dtype, jnp.integer):
+        raise TypeError(f"indices of top must be integers, got {jnp.asarray(top.indices).dtype}.")
+    indices = known(top.indices)
+    if indices is None or not indices.size:
+        return
+    ordered = np.sort(indices.astype(np.int64), -1)
+    if ordered.min() < 0 or ordered.max() >= top.vocabulary:
+        wrong = ordered.min() if ordered.min() < 0 else ordered.max()
+        raise ValueError(f"indices of top hold {wrong}: tokens are 0 to {top.vocabulary - 1}.")
+    if (ordered[..., 1:] == ordered[..., :-1]).any():
+        raise ValueError(
+            "indices of top name a token twice at one position: take it by top_logits."
         )
 
 

@@ -6,13 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxcomp.distill.inputs import check_scalar, known
+from jaxcomp.distill.inputs import check_floating, check_scalar, known
 
 
 def check_logits(student_logits: Any, teacher_logits: Any, axis: int) -> tuple[Array, Array, int]:
     """Both as arrays, and ``axis`` from the front."""
     student, teacher = jnp.asarray(student_logits), jnp.asarray(teacher_logits)
-    _check_floating(student_logits=student, teacher_logits=teacher)
+    check_floating(student_logits=student, teacher_logits=teacher)
     if student.shape != teacher.shape:
         message = "student_logits {} and teacher_logits {} must have one shape"
         message = message.format(student.shape, teacher.shape)
@@ -23,14 +23,8 @@ def check_logits(student_logits: Any, teacher_logits: Any, axis: int) -> tuple[A
 def check_single_logits(logits: Any, axis: int) -> tuple[Array, int]:
     """As an array, and ``axis`` from the front."""
     array = jnp.asarray(logits)
-    _check_floating(logits=array)
+    check_floating(logits=array)
     return array, _check_classes(array.shape, axis)
-
-
-def _check_floating(**arrays: Array) -> None:
-    for name, array in arrays.items():
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise TypeError(f"{name} must be floating point, got {array.dtype}: cast it.")
 
 
 def _check_classes(shape: tuple[int, ...], axis: int) -> int:

@@ -76,6 +76,8 @@ def dist_loss(
         check_weight("inter_weight", inter_weight, temperature.dtype),
         check_weight("intra_weight", intra_weight, temperature.dtype),
     )
+    if 0 in student.shape:
+        return jnp.zeros(student.shape[:axis] + student.shape[axis + 1 :], temperature.dtype)
     return _dist(student, teacher, temperature, weights, keep, axis)
 
 

@@ -4,7 +4,14 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
 
-from jaxcomp.distill.inputs import as_floats, as_mask, check_axis, check_same_shape, normalized
+from jaxcomp.distill.inputs import (
+    as_floats,
+    as_mask,
+    check_axis,
+    check_same_shape,
+    masked_shapes,
+    normalized,
+)
 from jaxcomp.distill.intermediate.hint import hint_loss
 
 
@@ -60,7 +67,7 @@ def hidden_state_loss(
     s, t = as_floats(student=student, teacher=teacher)
     check_same_shape("project the student, or slice both.", student=s, teacher=t)
     axis = check_axis("student", s, axis)
-    keep = as_mask(where, s.shape[:axis] + s.shape[axis + 1 :])
+    keep = as_mask(where, *masked_shapes(s.shape, axis))
     wide = jnp.expand_dims(keep, axis)
     s, t = jnp.where(wide, s, 0), jnp.where(wide, t, 0)
     # Half the squared chord between unit vectors: never below 0, and small angles keep digits.

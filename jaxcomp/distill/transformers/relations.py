@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
 
+from jaxcomp.checks import check_count
 from jaxcomp.distill.inputs import as_floats, as_mask, check_same_batch
 from jaxcomp.distill.logits.hinton import kl_divergence
 
@@ -108,9 +109,12 @@ def _scores(
         message = f"{name} {x.shape} must be (batch, length, width), with something on each axis"
         raise ValueError(f"{message}: put heads side by side by a reshape.")
     batch, length, width = x.shape
-    if heads < 1 or width % heads:
+    check_count("heads", heads)
+    if width % heads:
         raise ValueError(f"heads {heads} must divide the width {width} of {name} {x.shape}.")
     tokens = as_mask(where, (batch, length))
     split = jnp.where(tokens[..., None], x, 0).reshape(batch, length, heads, width // heads)
-    scores = jnp.einsum("bqhd,bkhd->bhqk", split, split) / math.sqrt(width // heads)
+    exact = jax.lax.Precision.HIGHEST
+    scores = jnp.einsum("bqhd,bkhd->bhqk", split, split, precision=exact)
+    scores /= math.sqrt(width // heads)
     return scores, tokens[:, None, :, None] & tokens[:, None, None, :]

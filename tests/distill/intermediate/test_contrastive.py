@@ -192,7 +192,7 @@ class TestInBatch:
         (ValueError, "indices hold -1", {"indices": np.array([0, -1, 2, 3])}),
         (ValueError, "indices .* must be", {"indices": np.array([0, 1])}),
         (TypeError, "indices must be integers", {"indices": np.ones(BATCH)}),
-        (ValueError, "negatives 0", {"negatives": 0}),
+        (ValueError, "negatives is 0", {"negatives": 0}),
         (ValueError, "negatives hold 99", {"negatives": np.full((BATCH, 2), 99)}),
         (ValueError, "negatives .* must be", {"negatives": np.zeros((2, 2), int)}),
         (ValueError, "temperature 0.0", {"temperature": 0.0}),

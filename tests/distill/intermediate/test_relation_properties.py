@@ -200,10 +200,10 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("match", "loss", "kwargs"),
         [
-            ("chunk 0 must be at least 1", relational_distance_loss, {"chunk": 0}),
-            ("chunk -1 must be at least 1", relational_angle_loss, {"chunk": -1}),
+            ("chunk is 0: at least 1", relational_distance_loss, {"chunk": 0}),
+            ("chunk is -1: at least 1", relational_angle_loss, {"chunk": -1}),
             ("kernel 'rbf' must be", correlation_congruence_loss, {"kernel": "rbf"}),
-            ("order 0 must be", correlation_congruence_loss, {"order": 0}),
+            ("order is 0", correlation_congruence_loss, {"order": 0}),
             ("positive and finite", correlation_congruence_loss, {"gamma": 0.0}),
             ("positive and finite", correlation_congruence_loss, {"gamma": np.inf}),
             ("leave them", correlation_congruence_loss, {"kernel": "linear", "gamma": 0.4}),
@@ -218,5 +218,5 @@ class TestBadInput:
     def test_examples_without_features(self, loss):
         with pytest.raises(ValueError, match="with features an example"):
             loss(rows()[:, 0], rows())
-        with pytest.raises(ValueError, match="must hold the same examples"):
+        with pytest.raises(ValueError, match="hold no example"):
             loss(rows()[:0], rows()[:0])

@@ -289,7 +289,7 @@ class TestBadInput:
             (TypeError, "lengths must be integers", {"lengths": LENGTHS * 1.0}),
             (ValueError, "lengths hold 0", {"lengths": np.array([3, 0, 1])}),
             (ValueError, "lengths hold 4", {"lengths": np.array([3, 4, 1])}),
-            (ValueError, "steps 0", {"steps": 0}),
+            (ValueError, "steps is 0", {"steps": 0}),
         ],
     )
     def test_prompts(self, error, match, change):
@@ -302,7 +302,7 @@ class TestBadInput:
     def test_other_arguments(self):
         with pytest.raises(ValueError, match="temperature -1"):
             sample_tokens(apply_fn, init(), PROMPTS, LENGTHS, KEY, steps=1, temperature=-1.0)
-        with pytest.raises(ValueError, match="beams 0"):
+        with pytest.raises(ValueError, match="beams is 0"):
             beam_search(apply_fn, init(), PROMPTS, LENGTHS, beams=0, steps=1)
 
 

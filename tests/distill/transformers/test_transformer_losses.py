@@ -384,7 +384,7 @@ class TestRelations:
         (ValueError, "same examples", relation_loss, (2, 3, 4), (3, 3, 4), {"heads": 1}),
         (ValueError, "width 4 of student", relation_loss, (2, 3, 4), (2, 3, 6), {"heads": 3}),
         (ValueError, "width 6 of teacher", relation_loss, (2, 3, 4), (2, 3, 6), {"heads": 4}),
-        (ValueError, "heads 0 must", relation_loss, (2, 3, 4), (2, 3, 6), {"heads": 0}),
+        (ValueError, "heads is 0", relation_loss, (2, 3, 4), (2, 3, 6), {"heads": 0}),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_told(error, match, loss, student, teacher, kwargs):
