@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxcomp import columns
 from jaxcomp.arrays import decode
 from jaxcomp.checks import check_function
 from jaxcomp.model import tapped
@@ -183,9 +184,8 @@ def table(points: Mapping[str, RoundedPoint], left_out: Mapping[str, str]) -> st
         layers = f" × {' × '.join(map(str, point.layers))} layers" if point.layers else ""
         shape = f"({', '.join(map(str, point.shape))}){layers}"
         rows.append((name, shape, point.operation, _words(point.format)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    return "\n".join([*lines, *(f"left out: {name}: {why}" for name, why in left_out.items())])
+    lines = columns.table(rows, left=len(rows[0]))
+    return "\n".join([lines, *(f"left out: {name}: {why}" for name, why in left_out.items())])
 
 
 def _words(format: AnyFormat) -> str:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxcomp import columns
 from jaxcomp import tree as tree_lib
 from jaxcomp.arrays import QuantizedArray, is_compressed
 from jaxcomp.checks import check_function
@@ -247,6 +248,5 @@ def _table(executed: Mapping[str, IntegerProduct], left: Mapping[str, str]) -> s
         kind = "symmetric" if data.symmetric else "affine"
         words = f"int{data.bits} {kind}, {data.granularity}"
         rows.append((name, size, at.operation, at.weight, words))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    return "\n".join([*lines, *(f"left: {name}: {why}" for name, why in left.items())])
+    lines = columns.table(rows, left=len(rows[0]))
+    return "\n".join([lines, *(f"left: {name}: {why}" for name, why in left.items())])
