@@ -65,12 +65,11 @@ def _module(make: Callable[[Any], Any]) -> Any:
 
 
 _AT = {"pair": {side: {"path": "at", "io": "output"} for side in ("student", "teacher")}}
-_RKD = ({"path": "at", "io": "output"},) * 2
 _GAUSSIAN = {"type": "gaussian", "gamma": 0.4, "max_p": 2}
 attention = _module(lambda m: m.ATLoss(_AT, mode="paper"))
 similarity = _module(lambda m: m.SPKDLoss("at", "at", "batchmean"))
-distance = _module(lambda m: m.RKDLoss(*_RKD, dist_factor=1, angle_factor=0, reduction="mean"))
-angle = _module(lambda m: m.RKDLoss(*_RKD, dist_factor=0, angle_factor=1, reduction="mean"))
+distance = _module(lambda m: m.RKDLoss("at", "at", dist_factor=1, angle_factor=0, reduction="mean"))
+angle = _module(lambda m: m.RKDLoss("at", "at", dist_factor=0, angle_factor=1, reduction="mean"))
 probabilistic = _module(lambda m: m.PKTLoss("at", "output", "at", "output"))
 congruence = _module(lambda m: m.CCKDLoss("at", "at", _GAUSSIAN, "batchmean"))
 dist = _module(lambda m: m.DISTLoss("at", "output", "at", "output"))
