@@ -85,8 +85,8 @@ def step_table(setting: Setting, guides: list[Guide], rounds: int) -> Table:
     # The teacher itself, run in the step, for what it costs to have no cache.
     teach = jax.jit(setting.teach)
     calls["the teacher, forward"] = lambda: teach(setting.x)
-    sizes["the teacher, forward"] = teach.lower(setting.x).compile().memory_analysis()
-    sizes["the teacher, forward"] = sizes["the teacher, forward"].temp_size_in_bytes
+    analysis: Any = teach.lower(setting.x).compile().memory_analysis()
+    sizes["the teacher, forward"] = analysis.temp_size_in_bytes
     times = by_turns(calls, rounds)
     return _table(setting, times, sizes, reads)
 

@@ -183,11 +183,13 @@ def _torch() -> tuple[Any, Any]:
 def _torch_call(torch: Any, loss: Any, student: np.ndarray, teacher: np.ndarray) -> Any:
     if student.ndim == 4:  # Channels first there.
         student, teacher = (np.moveaxis(x, -1, 1).copy() for x in (student, teacher))
-    own, wise = torch.tensor(student, requires_grad=True), torch.tensor(teacher)
+    own: Any = torch.tensor(student, requires_grad=True)
+    wise: Any = torch.tensor(teacher)
 
     def call() -> Any:
         own.grad = None
         loss(own, wise).backward()
-        return own.grad.numpy()
+        gradient: Any = own.grad
+        return gradient.numpy()
 
     return call

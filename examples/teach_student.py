@@ -48,7 +48,7 @@ def train_teacher(model: Classifier, images: jax.Array, labels: jax.Array) -> An
     @jax.jit
     def step(params, opt_state, x, y):
         def loss_fn(params):
-            logits = model.apply(params, x)
+            logits: Any = model.apply(params, x)
             return optax.losses.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
         updates, opt_state = tx.update(jax.grad(loss_fn)(params), opt_state, params)
