@@ -171,15 +171,21 @@ def _shares(mixing: Array) -> tuple[Array, Array, Array]:
     return mixing, jnp.where(end, 1 - mixing, mixing), jnp.where(end, mixing, 1 - mixing)
 
 
-def _against_mixture(log_ratio: Array, p: Array, mixture: Array, own: Array) -> Array:
+def _against_mixture(log_ratio: Array, own: Array) -> Array:
     """``log(p / mixture)`` from ``log p/q``, where the mixture is ``own * p + (1 - own) * q``."""
     small = jnp.abs(log_ratio) < 0.5
     x = jnp.where(small, log_ratio, 0)
     near = -jnp.log1p((1 - own) * (x * (x * second_order(x) - 1)))
-    # With a share in the mixture p is never far above it. Without one only the ratio will do.
-    some = (p > 0) & (own > 0)
-    far = jnp.log(jnp.where(some, p, 1) / jnp.where(some, mixture, 1))
-    far = jnp.where(some, far, jnp.where(own > 0, -jnp.inf, log_ratio))
+    # From the ratio, not from p over the mixture: a share of the smallest p is flushed to zero.
+    above = jnp.where(log_ratio > 0, log_ratio, 1)
+    rest = own + (1 - own) * jnp.exp(-above)
+    far_above = jnp.where(own > 0.5, jnp.log1p((1 - own) * jnp.expm1(-above)), jnp.log(rest))
+    far_above = jnp.where(own == 0, above, -far_above)
+    below = jnp.clip(log_ratio, -80, 0)
+    far_below = -jnp.log1p((1 - own) * jnp.expm1(-below))
+    least = jnp.where(log_ratio < -80, log_ratio, -81)
+    vanishing = jnp.where(own == 1, 0, least - jnp.log1p(-jnp.where(own == 1, 0, own)))
+    far = jnp.where(log_ratio > 0, far_above, jnp.where(log_ratio < -80, vanishing, far_below))
     return jnp.where(small, near, far)
 
 
@@ -190,8 +196,8 @@ def _parts(
     s, t, log_ratio = compare(student, teacher, temperature, keep, axis)
     p, q = t.probabilities, s.probabilities
     mixture = mixing * p + (1 - mixing) * q
-    to_p = _against_mixture(log_ratio, p, mixture, mixing)
-    to_q = _against_mixture(-log_ratio, q, mixture, 1 - mixing)
+    to_p = _against_mixture(log_ratio, mixing)
+    to_q = _against_mixture(-log_ratio, 1 - mixing)
     # A student without any class left is no distribution: it is infinitely far, not a mixture.
     silent = jnp.any(t.possible, axis) & ~jnp.any(s.possible, axis)
     kl_p, kl_q = (

@@ -154,6 +154,13 @@ class TestValues:
         assert not equal.any()
         assert not np.any(still)
 
+    def test_a_share_of_the_smallest_probability(self):
+        student = np.array([[48, -40, -40]], np.float32)
+        teacher = np.array([[35.5, -51.5, -51.5]], np.float32)  # e**-87, half of which is flushed
+        value, found = both("0.5")(student, teacher)
+        np.testing.assert_allclose(value, 0, atol=1e-30)
+        assert np.isfinite(found).all()
+
     @every
     def test_nearly_equal_keeps_its_digits(self, name):
         teacher = logits(4, 6, spread=2.0)[1]
