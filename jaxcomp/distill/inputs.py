@@ -155,11 +155,21 @@ def as_mask(where: Any, *shapes: Sequence[int]) -> Array:
     if keep.dtype != bool:
         raise TypeError(f"where must be boolean, got {keep.dtype}: pass where != 0.")
     for shape in map(tuple, shapes):
-        fits = all(a in (1, b) for a, b in zip(keep.shape, shape, strict=False))
-        if keep.ndim == len(shape) and fits and full[: len(shape)] == shape:
+        if spans(keep, shape) and full[: len(shape)] == shape:
             return keep.reshape(keep.shape + (1,) * (len(full) - keep.ndim))
     wanted = " or ".join(str(tuple(shape)) for shape in shapes)
     raise ValueError(f"where {keep.shape} must have the shape {wanted}, or size 1 on some axes.")
+
+
+def spans(mask: Array, shape: Sequence[int]) -> bool:
+    """Whether a mask has a shape, or size 1 where that has more.
+
+    Example:
+        >>> spans(jnp.ones((2, 1), bool), (2, 5)), spans(jnp.ones(2, bool), (2, 5))
+        (True, False)
+    """
+    sizes = zip(mask.shape, shape, strict=False)
+    return mask.ndim == len(shape) and all(a in (1, b) for a, b in sizes)
 
 
 def masked_shapes(shape: Sequence[int], axis: int) -> tuple[tuple[int, ...], ...]:
@@ -302,3 +312,25 @@ def check_scalar(name: str, value: Any, low: Any, high: Any, remedy: str) -> Arr
     if value is not None and not float(low) <= float(value) <= float(high):
         raise ValueError(f"{name} {value} {remedy}.")
     return array
+
+
+def check_positive(name: str, value: Any, dtype: Any, usual: str = "") -> Array:
+    """A scalar above 0 as an array, in its own dtype.
+
+    Args:
+        name: of the argument.
+        value: a number, or an array without axes, possibly traced.
+        dtype: that must hold it as a normal number.
+        usual: what to try, ending the message.
+
+    Raises:
+        ValueError: it has axes, or is not positive and finite.
+
+    Example:
+        >>> check_positive("gamma", 0.0, jnp.float32)
+        Traceback (most recent call last):
+        ...
+        ValueError: gamma 0.0 must be positive and finite.
+    """
+    info, remedy = jnp.finfo(dtype), "must be positive and finite"
+    return check_scalar(name, value, info.tiny, info.max, f"{remedy}: {usual}" if usual else remedy)

@@ -74,6 +74,29 @@ def test_an_empty_batch_of_dist_says_what_is_wrong_or_is_empty():
     assert distill.dist_loss(empty, empty).shape == (0,)
 
 
+def test_the_teacher_has_a_gradient_at_the_largest_logits():
+    teacher = np.array([3.4e38, -3.4e38, 0, 0], np.float32)
+    slopes = jax.grad(lambda t: distill.additive_hinton_loss(jnp.zeros(4), t, 1, 2.0, 0.5))
+    np.testing.assert_allclose(slopes(teacher), 0, atol=1e-6)
+
+
+def test_masks_of_whole_examples():
+    rng = np.random.default_rng(1)
+    student, teacher = rng.normal(size=(2, 4, 3, 5)).astype(np.float32)
+    where = np.array([True, False, True, False])
+    params = distill.init_variational(jax.random.key(0), student, teacher)
+    for loss in (
+        distill.hint_loss,
+        lambda *pair, **kwargs: distill.hidden_state_loss(*pair, kind="cosine", **kwargs),
+        lambda *pair, **kwargs: distill.variational_loss(params, *pair, **kwargs),
+    ):
+        found = loss(student, teacher, where=where)
+        expected = loss(student, teacher, where=np.repeat(where[:, None], 3, 1))
+        np.testing.assert_array_equal(found, expected)
+        assert not np.any(found[~where])
+        assert np.all(found[where] != 0)
+
+
 def test_errors_of_flow_name_its_arguments():
     maps = np.ones((2, 3, 2), np.float32)
     with pytest.raises(TypeError, match="student"):

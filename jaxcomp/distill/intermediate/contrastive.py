@@ -13,6 +13,7 @@ from jaxcomp.checks import check_count
 from jaxcomp.distill.inputs import (
     as_floats,
     as_mask,
+    check_positive,
     check_same_batch,
     check_scalar,
     known,
@@ -364,5 +365,4 @@ def _check_indices(
 
 
 def _check_temperature(temperature: Any, dtype: Any) -> Array:
-    info, remedy = jnp.finfo(dtype), "must be positive and finite: 0.07 is usual"
-    return check_scalar("temperature", temperature, info.tiny, info.max, remedy).astype(dtype)
+    return check_positive("temperature", temperature, dtype, "0.07 is usual").astype(dtype)

@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
 
 from jaxcomp.checks import check_count
-from jaxcomp.distill.inputs import check_scalar, masked_mean, normalized
+from jaxcomp.distill.inputs import check_positive, masked_mean, normalized
 from jaxcomp.distill.intermediate.layouts import all_pairs, as_rows, products
 
 
@@ -69,9 +69,7 @@ def correlation_congruence_loss(
     rows = as_rows(student, teacher, where)
     if kernel == "linear":
         return _loss(*rows)
-    tiny, top = jnp.finfo(jnp.float32).tiny, jnp.finfo(jnp.float32).max
-    gamma = 0.4 if gamma is None else gamma
-    gamma = check_scalar("gamma", gamma, tiny, top, "must be positive and finite")
+    gamma = check_positive("gamma", 0.4 if gamma is None else gamma, jnp.float32)
     return _loss(*rows, gamma.astype(rows[0].dtype), 2 if order is None else order)
 
 

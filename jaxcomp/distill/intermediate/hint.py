@@ -29,8 +29,8 @@ def hint_loss(
         student: float array of any shape and float dtype; ``axis`` runs over the channels.
         teacher: float array of the same shape; its dtype may differ.
         axis: the channel axis.
-        where: boolean, positions that count: of the arrays' shape without ``axis``, or with size
-            1 on axes that it spans. The loss of the others is 0.
+        where: boolean, what counts: positions, of the arrays' shape without ``axis`` or with size
+            1 on axes that it spans; or whole examples, (batch,). The loss of the others is 0.
 
     Returns:
         The arrays' shape without ``axis``; float32, or float64 if an array is.

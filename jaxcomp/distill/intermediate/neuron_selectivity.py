@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
 
-from jaxcomp.distill.inputs import check_scalar, normalized
+from jaxcomp.distill.inputs import check_positive, normalized
 from jaxcomp.distill.intermediate.layouts import as_maps, check_same_positions
 
 
@@ -65,9 +65,7 @@ def neuron_selectivity_loss(
     (s, t), (keep, _) = as_maps(axis, where, student=student, teacher=teacher)
     check_same_positions(student=s, teacher=t)
     if bandwidth is not None:
-        tiny, top = jnp.finfo(jnp.float32).tiny, jnp.finfo(jnp.float32).max
-        bandwidth = check_scalar("bandwidth", bandwidth, tiny, top, "must be positive and finite")
-        bandwidth = bandwidth.astype(s.dtype)
+        bandwidth = check_positive("bandwidth", bandwidth, jnp.float32).astype(s.dtype)
     some = jnp.any(keep, range(1, keep.ndim))
     return _loss(s, t, some, bandwidth, kernel)
 

@@ -12,8 +12,8 @@ from jaxcomp.distill.inputs import (
     as_floats,
     as_mask,
     check_axis,
+    check_positive,
     check_same_shape,
-    check_scalar,
     masked_shapes,
 )
 from jaxcomp.distill.intermediate.projection import init_projection, project
@@ -81,8 +81,8 @@ def variational_loss(
         teacher: float array with the student's shape but for ``axis``; its dtype may differ.
         axis: the channel axis of both.
         minimum: positive scalar, possibly traced, added to each variance.
-        where: boolean, positions that count: of the arrays' shape without ``axis``, or with size 1
-            on axes that it spans. The loss of the others is 0.
+        where: boolean, what counts: positions, of the arrays' shape without ``axis`` or with size
+            1 on axes that it spans; or whole examples, (batch,). The loss of the others is 0.
 
     Returns:
         The arrays' shape without ``axis``; float32, or float64 if an array is.
@@ -109,10 +109,7 @@ def variational_loss(
         raise ValueError(f"{message}: resize the student.")
     mean = project(params["projection"], jnp.where(wide, s, 0), axis=axis)
     check_same_shape("make params for these.", projected=mean, teacher=t)
-    remedy = "must be positive and finite: 1e-5 is usual"
-    floor = check_scalar(
-        "minimum", minimum, jnp.finfo(t.dtype).tiny, jnp.finfo(t.dtype).max, remedy
-    )
+    floor = check_positive("minimum", minimum, t.dtype, "1e-5 is usual")
     shape = [1] * t.ndim
     shape[axis] = t.shape[axis]
     variance = (jax.nn.softplus(raw) + floor.astype(t.dtype)).reshape(shape)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxcomp.distill.inputs import check_floating, check_scalar, known
+from jaxcomp.distill.inputs import check_floating, check_scalar, known, spans
 
 
 def check_logits(student_logits: Any, teacher_logits: Any, axis: int) -> tuple[Array, Array, int]:
@@ -42,8 +42,7 @@ def check_where(where: Any, shape: tuple[int, ...], axis: int) -> Array:
         raise TypeError(f"where must be boolean, got {keep.dtype}: pass where != 0.")
     examples = shape[:axis] + shape[axis + 1 :]
     for wanted in (shape, examples):
-        fits = all(a in (1, b) for a, b in zip(keep.shape, wanted, strict=False))
-        if keep.ndim == len(wanted) and fits:
+        if spans(keep, wanted):
             return keep if wanted == shape else jnp.expand_dims(keep, axis)
     raise ValueError(
         f"where {keep.shape} fits neither the logits {shape} (classes that count) nor {examples} "

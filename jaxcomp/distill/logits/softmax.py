@@ -50,7 +50,8 @@ def entropy_of(logits: Array, temperature: Array, keep: Array, axis: int) -> Arr
     first = jnp.argmax(s.scaled, axis, keepdims=True)
     first = (jax.lax.broadcasted_iota(first.dtype, logits.shape, axis) == first) & s.possible
     rest = jnp.sum(s.exponential - first, axis)
-    fall = jnp.where(s.scaled == -jnp.inf, 0, -s.scaled)
+    # Of what has no probability left the fall may be so large that its derivative overflows.
+    fall = jnp.where(s.exponential == 0, 0, -s.scaled)
     return jnp.log1p(rest) + jnp.sum(s.probabilities * fall, axis)
 
 

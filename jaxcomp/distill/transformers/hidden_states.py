@@ -40,8 +40,8 @@ def hidden_state_loss(
             directions do (DistilBERT). A zero vector has no direction: its cosine is 0, and so is
             its gradient.
         axis: the feature axis.
-        where: boolean, tokens that count: of the arrays' shape without ``axis``, or with size 1
-            on axes that it spans. The loss of the others is 0.
+        where: boolean, what counts: tokens, of the arrays' shape without ``axis`` or with size 1
+            on axes that it spans; or whole examples, (batch,). The loss of the others is 0.
 
     Returns:
         The arrays' shape without ``axis``; float32, or float64 if an array is.
