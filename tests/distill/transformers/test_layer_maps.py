@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxcomp.distill.transformers import layer_map
+from jaxcomp.distill import layer_map
 
 
 def test_the_pairs_of_the_papers():

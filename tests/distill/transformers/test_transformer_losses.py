@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxcomp.distill.transformers import (
+from jaxcomp.distill import (
     attention_map_loss,
     hidden_state_loss,
     relation_loss,
