@@ -4,6 +4,8 @@ from jaxcomp.arrays.base import CompressedArray, decode, is_compressed, nbytes
 from jaxcomp.arrays.block_sparse import BlockSparseArray
 from jaxcomp.arrays.codebook import CodebookArray
 from jaxcomp.arrays.grid import GridArray
+from jaxcomp.arrays.low_rank import LowRankArray
+from jaxcomp.arrays.low_rank_sum import LowRankSumArray
 from jaxcomp.arrays.nm_sparse import NMSparseArray
 from jaxcomp.arrays.parts import Parts, Symbols
 from jaxcomp.arrays.quantized import QuantizedArray
@@ -16,6 +18,8 @@ __all__ = [
     "CodebookArray",
     "CompressedArray",
     "GridArray",
+    "LowRankArray",
+    "LowRankSumArray",
     "NMSparseArray",
     "Parts",
     "QuantizedArray",

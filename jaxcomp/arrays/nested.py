@@ -7,6 +7,7 @@ from jaxcomp.arrays.base import CompressedArray
 from jaxcomp.arrays.block_sparse import BlockSparseArray
 from jaxcomp.arrays.codebook import CodebookArray
 from jaxcomp.arrays.grid import GridArray
+from jaxcomp.arrays.low_rank import LowRankArray
 from jaxcomp.arrays.nm_sparse import NMSparseArray
 from jaxcomp.arrays.parts import Parts, check_names
 from jaxcomp.arrays.quantized import QuantizedArray
@@ -22,6 +23,7 @@ PLAIN_KINDS: Kinds = {
     "sparse": SparseArray,
     "nm_sparse": NMSparseArray,
     "block_sparse": BlockSparseArray,
+    "low_rank": LowRankArray,
 }
 
 _INNER = "inner"

@@ -13,7 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Shaped
 
-from jaxcomp.arrays import CompressedArray, Parts, RescaledArray, RotatedArray, Symbols
+from jaxcomp.arrays import (
+    CompressedArray,
+    LowRankSumArray,
+    Parts,
+    RescaledArray,
+    RotatedArray,
+    Symbols,
+)
 from jaxcomp.arrays.nested import PLAIN_KINDS
 from jaxcomp.checkpoint import coder, raw
 from jaxcomp.checkpoint.container import NAME, TENSOR_DTYPES
@@ -27,6 +34,7 @@ KINDS: dict[str, type[CompressedArray]] = {
     **PLAIN_KINDS,
     "rescaled": RescaledArray,
     "rotated": RotatedArray,
+    "low_rank_sum": LowRankSumArray,
 }
 
 TENSOR_BYTES = 4096

@@ -1,5 +1,6 @@
 """Compressed leaves of every form, and what they must decode to, written without the package."""
 
+import dataclasses
 import math
 
 import jax
@@ -10,6 +11,8 @@ from jaxcomp.arrays import (
     BlockSparseArray,
     CodebookArray,
     GridArray,
+    LowRankArray,
+    LowRankSumArray,
     NMSparseArray,
     Parts,
     QuantizedArray,
@@ -59,6 +62,11 @@ def reference(leaf):
         return dense.astype(leaf.dtype)
     if isinstance(leaf, GridArray):
         return grid_reference(leaf)
+    if isinstance(leaf, LowRankArray):
+        return low_rank_reference(leaf)
+    if isinstance(leaf, LowRankSumArray):
+        both = [reference(part).astype(np.float32) for part in (leaf.low_rank, leaf.inner)]
+        return sum(both).astype(leaf.dtype)
     codes = unpack_reference(leaf.codes, leaf.bits, leaf.length).astype(np.float64)
     scale = np.asarray(leaf.scale)
     if not leaf.zero:
@@ -127,6 +135,17 @@ def block_reference(leaf):
             tile = tuple(slice(i * size, (i + 1) * size) for i, size in corner)
             dense[tile] = values[at][count].reshape(dense[tile].shape)
     return dense
+
+
+def low_rank_reference(leaf):
+    """Component by component, in float64: exact for the factors of `low_rank`."""
+    terms, result = leaf.equation.split("->")
+    terms = ",".join("..." + term for term in terms.split(","))
+    wide = [np.asarray(factor).astype(np.float64) for factor in leaf.factors]
+    dense = np.einsum(f"{terms}->...{result}", *wide)
+    if leaf.mask is not None:
+        dense = np.where(unpack_reference(leaf.mask, 1, dense.shape[-1]), dense, 0)
+    return dense.astype(np.float32).astype(leaf.dtype)
 
 
 def cut(x, blocks):
@@ -250,6 +269,25 @@ def block_sparse(x, block=(2, 2), batch_axes=0, density=0.5):
     return BlockSparseArray.encode(jnp.asarray(np.where(keep, x, 0)), block, batch_axes=batch_axes)
 
 
+def low_rank(x, batch_axes=0, rank=2, mask=False):
+    """Multiples of 1/8, whose sums of products are exact in any order."""
+    x = np.asarray(x)
+    rows, columns = "abcdefg"[: x.ndim - batch_axes - 1], "z"
+    sizes = ((*x.shape[:-1], rank), (*x.shape[:batch_axes], rank, x.shape[-1]))
+    factors = [np.round(weights(size, seed=x.size) * 8) / 8 for size in sizes]
+    keep = jnp.asarray(np.asarray(x, np.float32) > 0) if mask else None
+    equation = f"{rows}r,r{columns}->{rows}{columns}"
+    return LowRankArray.from_factors(map(jnp.asarray, factors), equation, x.dtype, keep)
+
+
+def low_rank_sum(x, batch_axes=0):
+    """With a residual of multiples of 1/4."""
+    inner = quantized(weights(np.shape(x)), 4, batch_axes=batch_axes)
+    inner = dataclasses.replace(inner, scale=jnp.full_like(inner.scale, 0.25))
+    low = dataclasses.replace(low_rank(x, batch_axes), dense_dtype=jnp.float32)
+    return LowRankSumArray(low, inner, np.asarray(x).dtype)
+
+
 def fit_nm(x, batch_axes=0):
     """2:4 along the input axis, or 1:2 where it is too short."""
     m = 4 if x.shape[-2] % 4 == 0 else 2
@@ -275,6 +313,9 @@ FORMS = {
     "2:4": fit_nm,
     "1:all": lambda x, batch_axes=0: nm_sparse(x, 1, x.shape[-1], -1),
     "blocks": lambda x, batch_axes=0: block_sparse(x, batch_axes=batch_axes),
+    "low-rank": lambda x, batch_axes=0: low_rank(x, batch_axes),
+    "low-rank-masked": lambda x, batch_axes=0: low_rank(x, batch_axes, 1, mask=True),
+    "low-rank+int4": lambda x, batch_axes=0: low_rank_sum(x, batch_axes),
 }
 
 
