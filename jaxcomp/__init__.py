@@ -1,11 +1,12 @@
 """jaxcomp: smaller and faster neural networks, as pure functions on parameter pytrees."""
 
-from jaxcomp import checkpoint, distill, model, prune, quantize, share
+from jaxcomp import checkpoint, distill, factorize, model, prune, quantize, share
 from jaxcomp.arrays import (
     BlockSparseArray,
     CodebookArray,
     CompressedArray,
     GridArray,
+    HashedArray,
     LowRankArray,
     LowRankSumArray,
     NMSparseArray,
@@ -13,6 +14,7 @@ from jaxcomp.arrays import (
     RescaledArray,
     RotatedArray,
     SparseArray,
+    VectorCodebookArray,
     decode,
     nbytes,
 )
@@ -29,6 +31,7 @@ __all__ = [
     "CompressedArray",
     "Compression",
     "GridArray",
+    "HashedArray",
     "LowRankArray",
     "LowRankSumArray",
     "NMSparseArray",
@@ -37,11 +40,13 @@ __all__ = [
     "RotatedArray",
     "SparseArray",
     "State",
+    "VectorCodebookArray",
     "chain",
     "checkpoint",
     "compressed",
     "decode",
     "distill",
+    "factorize",
     "identity",
     "inspect",
     "load",

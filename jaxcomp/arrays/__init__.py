@@ -4,6 +4,7 @@ from jaxcomp.arrays.base import CompressedArray, decode, is_compressed, nbytes
 from jaxcomp.arrays.block_sparse import BlockSparseArray
 from jaxcomp.arrays.codebook import CodebookArray
 from jaxcomp.arrays.grid import GridArray
+from jaxcomp.arrays.hashed import HashedArray
 from jaxcomp.arrays.low_rank import LowRankArray
 from jaxcomp.arrays.low_rank_sum import LowRankSumArray
 from jaxcomp.arrays.nm_sparse import NMSparseArray
@@ -12,12 +13,14 @@ from jaxcomp.arrays.quantized import QuantizedArray
 from jaxcomp.arrays.rescaled import RescaledArray
 from jaxcomp.arrays.rotated import RotatedArray
 from jaxcomp.arrays.sparse import SparseArray
+from jaxcomp.arrays.vector_codebook import VectorCodebookArray
 
 __all__ = [
     "BlockSparseArray",
     "CodebookArray",
     "CompressedArray",
     "GridArray",
+    "HashedArray",
     "LowRankArray",
     "LowRankSumArray",
     "NMSparseArray",
@@ -27,6 +30,7 @@ __all__ = [
     "RotatedArray",
     "SparseArray",
     "Symbols",
+    "VectorCodebookArray",
     "decode",
     "is_compressed",
     "nbytes",

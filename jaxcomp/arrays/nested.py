@@ -7,11 +7,13 @@ from jaxcomp.arrays.base import CompressedArray
 from jaxcomp.arrays.block_sparse import BlockSparseArray
 from jaxcomp.arrays.codebook import CodebookArray
 from jaxcomp.arrays.grid import GridArray
+from jaxcomp.arrays.hashed import HashedArray
 from jaxcomp.arrays.low_rank import LowRankArray
 from jaxcomp.arrays.nm_sparse import NMSparseArray
 from jaxcomp.arrays.parts import Parts, check_names
 from jaxcomp.arrays.quantized import QuantizedArray
 from jaxcomp.arrays.sparse import SparseArray
+from jaxcomp.arrays.vector_codebook import VectorCodebookArray
 
 Kinds = Mapping[str, type[CompressedArray]]
 
@@ -24,6 +26,8 @@ PLAIN_KINDS: Kinds = {
     "nm_sparse": NMSparseArray,
     "block_sparse": BlockSparseArray,
     "low_rank": LowRankArray,
+    "vector_codebook": VectorCodebookArray,
+    "hashed": HashedArray,
 }
 
 _INNER = "inner"

@@ -11,6 +11,7 @@ from jaxcomp.arrays import (
     BlockSparseArray,
     CodebookArray,
     GridArray,
+    HashedArray,
     LowRankArray,
     LowRankSumArray,
     NMSparseArray,
@@ -18,6 +19,7 @@ from jaxcomp.arrays import (
     QuantizedArray,
     SparseArray,
     Symbols,
+    VectorCodebookArray,
 )
 from jaxcomp.arrays.codebook import index_bits
 
@@ -67,6 +69,10 @@ def reference(leaf):
     if isinstance(leaf, LowRankSumArray):
         both = [reference(part).astype(np.float32) for part in (leaf.low_rank, leaf.inner)]
         return sum(both).astype(leaf.dtype)
+    if isinstance(leaf, VectorCodebookArray):
+        return vectors_reference(leaf)
+    if isinstance(leaf, HashedArray):
+        return hashed_reference(leaf)
     codes = unpack_reference(leaf.codes, leaf.bits, leaf.length).astype(np.float64)
     scale = np.asarray(leaf.scale)
     if not leaf.zero:
@@ -146,6 +152,49 @@ def low_rank_reference(leaf):
     if leaf.mask is not None:
         dense = np.where(unpack_reference(leaf.mask, 1, dense.shape[-1]), dense, 0)
     return dense.astype(np.float32).astype(leaf.dtype)
+
+
+def vectors_reference(leaf):
+    """Vector by vector; stages are added in float32, in their order."""
+    book = np.asarray(leaf.codebook)
+    indices = unpack_reference(leaf.indices, index_bits(book.shape[-2]), leaf.length)
+    dense = np.zeros(leaf.shape, np.float32)
+    lead = book.ndim - 4
+    sizes = [1] * (dense.ndim - lead)
+    for size, axis in leaf.blocks:
+        sizes[axis] = size
+    for at in np.ndindex(*indices.shape):
+        batch, stage, grid = at[:lead], at[lead], at[lead + 1 :]
+        space = 0
+        for _, axis in leaf.blocks:
+            space = space * indices.shape[axis] + grid[axis]
+        vector = book[batch][stage, space if book.shape[-3] > 1 else 0, indices[at]]
+        tile = tuple(slice(i * n, (i + 1) * n) for i, n in zip(grid, sizes, strict=True))
+        dense[batch][tile] += vector.astype(np.float32).reshape(sizes)
+    if leaf.mask is not None:
+        dense = np.where(unpack_reference(leaf.mask, 1, dense.shape[-1]), dense, 0)
+    return dense.astype(leaf.dtype)
+
+
+def hashed_reference(leaf):
+    """Weight by weight, with Python's integers."""
+    mask32, golden = (1 << 32) - 1, 0x9E3779B9
+
+    def mix(x):
+        x = ((x ^ (x >> 16)) * 0x85EBCA6B) & mask32
+        x = ((x ^ (x >> 13)) * 0xC2B2AE35) & mask32
+        return x ^ (x >> 16)
+
+    start, values = mix((leaf.seed + golden) & mask32), np.asarray(leaf.buckets)
+    dense = np.zeros((*values.shape[:-1], math.prod(leaf.dims)), values.dtype)
+    for place in range(math.prod(leaf.dims)):
+        hashed = mix(place ^ start)
+        sign = -1 if mix(hashed ^ golden) & 1 else 1
+        dense[..., place] = values[..., hashed % values.shape[-1]] * sign
+    dense = dense.reshape(leaf.shape)
+    if leaf.mask is not None:
+        dense = np.where(unpack_reference(leaf.mask, 1, dense.shape[-1]), dense, 0)
+    return dense.astype(leaf.dtype)
 
 
 def cut(x, blocks):
@@ -288,6 +337,31 @@ def low_rank_sum(x, batch_axes=0):
     return LowRankSumArray(low, inner, np.asarray(x).dtype)
 
 
+def shared_vectors(x, batch_axes=0, stages=1, clusters=5, spaces=False, mask=False):
+    """Random indices into random vectors, along the last axis but one."""
+    x, length = np.asarray(x), 2
+    grid = list(x.shape[batch_axes:])
+    grid[-2] //= length
+    rng = np.random.default_rng(x.size)
+    lead = (*x.shape[:batch_axes], stages)
+    indices = rng.integers(clusters, size=(*lead, *grid)).astype(np.uint8)
+    book = rng.normal(size=(*lead, max(grid[-2], 1) if spaces else 1, clusters, length))
+    keep = np.asarray(x, np.float32) > 0 if mask else None
+    return VectorCodebookArray.from_indices(
+        jnp.asarray(indices), jnp.asarray(book, jnp.float32), ((length, -2),), x.dtype, keep
+    )
+
+
+def hashed(x, batch_axes=0, mask=False):
+    """Random buckets."""
+    x = np.asarray(x)
+    buckets = np.random.default_rng(x.size).normal(size=(*x.shape[:batch_axes], 5))
+    keep = np.asarray(x, np.float32) > 0 if mask else None
+    return HashedArray.from_buckets(
+        jnp.asarray(buckets, jnp.float32), x.shape[batch_axes:], 7, x.dtype, keep
+    )
+
+
 def fit_nm(x, batch_axes=0):
     """2:4 along the input axis, or 1:2 where it is too short."""
     m = 4 if x.shape[-2] % 4 == 0 else 2
@@ -316,6 +390,9 @@ FORMS = {
     "low-rank": lambda x, batch_axes=0: low_rank(x, batch_axes),
     "low-rank-masked": lambda x, batch_axes=0: low_rank(x, batch_axes, 1, mask=True),
     "low-rank+int4": lambda x, batch_axes=0: low_rank_sum(x, batch_axes),
+    "vectors": lambda x, batch_axes=0: shared_vectors(x, batch_axes),
+    "vectors-added": lambda x, batch_axes=0: shared_vectors(x, batch_axes, 2, 2, True, True),
+    "hashed": lambda x, batch_axes=0: hashed(x, batch_axes, mask=True),
 }
 
 
