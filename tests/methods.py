@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcomp import Compression, chain, identity, partition, prune, quantize, share
+from jaxcomp import Compression, chain, factorize, identity, partition, prune, quantize, share
 from jaxcomp.quantize import Format, PerGroup, PerTensor
 
 
@@ -126,6 +126,14 @@ CASES = [
     Case("quantize-tensor", lambda: quantize.train(Format(2, granularity=PerTensor()), begin=2)),
     Case("share-now", lambda: share.train(5), learns=True),
     Case("share-later", lambda: share.train(8, begin=3), learns=True),
+    Case("low-rank-now", lambda: factorize.train(factorize.LowRank(2)), learns=True),
+    Case("low-rank-later", lambda: factorize.train(factorize.LowRank(1), begin=3), learns=True),
+    Case(
+        "prune-then-low-rank",
+        lambda: chain(pruner(), factorize.train(factorize.LowRank(2), begin=2)),
+        learns=True,
+        removes=True,
+    ),
     Case(
         "prune-then-quantize",
         lambda: chain(pruner(), quantize.train(Format(4, symmetric=False), begin=2)),
