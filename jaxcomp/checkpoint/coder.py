@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxcomp.checkpoint import entropy
+from jaxcomp.checkpoint import contexts, entropy
 from jaxcomp.checkpoint.errors import CheckpointError
 from jaxcomp.checkpoint.packing import Symbolic, inflate, pack, symbol_dtype, unpack
 
@@ -160,6 +160,7 @@ CODECS = {
     "constant": Codec(_constant_encode, _constant_decode),
     "range": Codec(entropy.range_encode, entropy.range_decode),
     "ans": Codec(entropy.ans_encode, entropy.ans_decode),
+    "context": Codec(contexts.encode, contexts.decode),
     "packed": Codec(_packed_encode, _packed_decode),
     "deflate": Codec(_deflate_encode, _deflate_decode),
 }

@@ -1,4 +1,4 @@
-"""Entropy coding under the static model: two coders of constriction, each where it is the better.
+"""Entropy coding with two coders of constriction, each where it is the better.
 
 Both code within a hair of the model's cross entropy. The range coder (Martin, 1979) ends short
 streams within a byte of it, but rounds its interval in every step, which adds up; asymmetric
@@ -8,6 +8,7 @@ The bytes are the same in constriction 0.4 and 0.5, on every platform: see :func
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from jaxcomp.checkpoint.errors import CheckpointError
 from jaxcomp.checkpoint.packing import CHUNK, Symbolic, symbol_dtype
 
 SHORT = 1 << 16
+_TRIMMED = 1 << 18
 
 
 def range_encode(values: Symbolic, alphabet: int) -> bytes | None:
@@ -85,6 +87,76 @@ def range_words(ranks: np.ndarray, model: frequencies.Model) -> bytes:
     return _trim(encoder.get_compressed().astype(">u4").tobytes(), ranks, categorical)
 
 
+def answer_writer() -> tuple[Callable[[np.ndarray, np.ndarray], None], Callable[[], bytes]]:
+    """A range coder of yes-or-no answers, each under a probability of its own.
+
+    Returns:
+        ``write(answers, yes)``, where ``yes`` are the probabilities of 1 out of ``2**24``, neither
+        0 nor 1, and ``finish()``, which gives the bytes.
+
+    Example:
+        >>> write, finish = answer_writer()
+        >>> write(np.array([1, 0, 0]), np.full(3, 1 << 22))
+        >>> len(finish())
+        1
+    """
+    encoder, model = _stream().queue.RangeEncoder(), _binary()
+    kept: list[tuple[np.ndarray, np.ndarray]] = []
+    total = 0
+
+    def write(answers: np.ndarray, yes: np.ndarray) -> None:
+        nonlocal total
+        symbols = answers.astype(np.int32)
+        encoder.encode(symbols, model, _odds(yes))
+        if total <= _TRIMMED:
+            kept.append((symbols, yes))
+        total += len(symbols)
+
+    def finish() -> bytes:
+        words = encoder.get_compressed().astype(">u4").tobytes()
+        if total > _TRIMMED:
+            return words
+        symbols = np.concatenate([symbols for symbols, _ in kept])
+        odds = _odds(np.concatenate([yes for _, yes in kept]))
+        return _shorten(words, symbols, lambda decoder: decoder.decode(model, odds))
+
+    return write, finish
+
+
+def answer_reader(data: bytes) -> Callable[[np.ndarray], np.ndarray]:
+    """Undo :func:`answer_writer`: a function from probabilities to the answers that come next.
+
+    Its result raises :class:`CheckpointError` where the bytes are damaged.
+
+    Example:
+        >>> write, finish = answer_writer()
+        >>> write(np.array([1, 0, 0]), np.full(3, 1 << 22))
+        >>> answer_reader(finish())(np.full(3, 1 << 22))
+        array([1, 0, 0], dtype=int32)
+    """
+    decoder, model = _range_decoder(data), _binary()
+
+    def read(yes: np.ndarray) -> np.ndarray:
+        try:
+            return decoder.decode(model, _odds(yes))
+        except AssertionError as error:
+            raise CheckpointError("range-coded answers are damaged") from error
+
+    return read
+
+
+def _binary() -> Any:
+    return _stream().model.Categorical(perfect=False)
+
+
+def _odds(yes: np.ndarray) -> np.ndarray:
+    """Weights that the library takes over unchanged: see :func:`_categorical`."""
+    weights = np.empty((len(yes), 2))
+    np.subtract(float(1 << frequencies.PRECISION) - 1.0, yes, out=weights[:, 0])
+    np.subtract(yes, 1.0, out=weights[:, 1])
+    return weights
+
+
 def _fit(values: Symbolic, alphabet: int) -> tuple[frequencies.Model, bytes] | None:
     flat = values.reshape(-1)
     if not 2 <= flat.size <= frequencies.MAX_SYMBOLS:
@@ -129,6 +201,10 @@ def _range_decoder(data: bytes) -> Any:
 
 
 def _trim(words: bytes, ranks: np.ndarray, categorical: Any) -> bytes:
+    return _shorten(words, ranks, lambda decoder: decoder.decode(categorical, ranks.size))
+
+
+def _shorten(words: bytes, symbols: np.ndarray, decode: Callable[[Any], np.ndarray]) -> bytes:
     """Drop last bytes that the decoder does not need.
 
     Any number in the coder's last interval decodes alike; the encoder does not pick the shortest.
@@ -141,10 +217,10 @@ def _trim(words: bytes, ranks: np.ndarray, categorical: Any) -> bytes:
                 continue
             candidate = number.to_bytes(length, "big")
             try:
-                decoded = _range_decoder(candidate).decode(categorical, ranks.size)
+                decoded = decode(_range_decoder(candidate))
             except AssertionError:
                 continue
-            if np.array_equal(decoded, ranks):
+            if np.array_equal(decoded, symbols):
                 best = candidate
                 break
         if len(best) != length:
