@@ -168,8 +168,8 @@ class VectorCodebookArray(CompressedArray):
     """Every run or tile of weights is one of a few shared vectors, or a sum of such.
 
     With one stage this is product quantization (Jégou et al., 2011), with more an additive codebook
-    (Babenko and Lempitsky, 2014). Made by :func:`jaxcomp.share.product_codebook`,
-    :func:`jaxcomp.share.residual_codebook` and :func:`jaxcomp.share.kernel_patterns`.
+    (Babenko and Lempitsky, 2014). Made by :func:`jaxcomp.share.vector_codebook` and
+    :func:`jaxcomp.share.kernel_patterns`.
 
     Attributes:
         indices: ``uint8``, the packed rows of ``(*batch, stages, *grid)``, ``ceil(log2 clusters)``

@@ -153,7 +153,7 @@ def _nearest(x: Array, codebook: Array, importance: Any) -> Array:
     def one(x: Array, weight: Array, codebook: Array) -> Array:
         x, center, exponent = _normalized(x.astype(jnp.float32))
         codebook = jnp.ldexp(codebook.astype(jnp.float32), -exponent) - center
-        search = lambda chunk: _assign(*chunk, codebook)
+        search = lambda chunk: _assign(chunk[0], chunk[1], codebook)
         return lax.map(search, _chunks(rows, x, weight)).reshape(-1)[:n]
 
     dtype = jnp.uint8 if clusters <= 256 else jnp.uint16
@@ -194,7 +194,7 @@ def _assign(x: Array, weight: Array, codebook: Array) -> Array:
     """The nearest entry of each row of a chunk."""
     # Up to what does not depend on the entry, the distance is w c^2 - 2 w x c. Entries go along
     # rows, and the least is found before its place: several times faster than an argmin.
-    product = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    product = lambda a, b: jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
     squares = codebook * codebook
     if weight.shape[-1] == 1:
         scores = squares.sum(1)[:, None] - 2 * product(codebook, x.T)
