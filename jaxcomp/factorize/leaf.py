@@ -80,15 +80,15 @@ def obstacle_to(factoring: Factoring, rank: Any) -> str | None:
         >>> obstacle_to(factoring_of(flax_form((3, 3)), "matrix"), 2)
         'rank 2 saves nothing: 12 numbers, dense 9'
     """
-    ranks = rank if isinstance(rank, tuple) else (rank,)
-    name = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} and {ranks[1]}"
+    pair = isinstance(rank, tuple)
+    name = f"ranks {rank[0]} and {rank[1]}" if pair else f"rank {rank}"
     numbers, dense = numbers_of(factoring, rank), int(np.prod(factoring.shape))
     if numbers >= dense:
         return f"{name} saves nothing: {numbers:,} numbers, dense {dense:,}"
     if factoring.split == "tucker":
         inputs, window, outputs = factoring.sizes
-        fits = ranks[0] <= min(inputs, window * ranks[1])
-        if not fits or ranks[1] > min(outputs, window * ranks[0]):
+        a, b = rank
+        if a > min(inputs, window * b) or b > min(outputs, window * a):
             return f"{name} cannot be those of {inputs} inputs and {outputs} outputs"
     return None
 

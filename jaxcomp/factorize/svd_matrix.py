@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from jaxcomp.checks import check_amount, check_count
@@ -257,7 +258,7 @@ def check_rank(name: str, rank: Any, shape: tuple[int, ...]) -> None:
 
 
 def _check_finite(name: str, array: Any) -> None:
-    if isinstance(array, jax.core.Tracer):
+    if isinstance(array, Tracer):
         return
     if not bool(np.all(np.isfinite(np.asarray(array, np.float32)))):
         raise ValueError(f"{name} has NaN or infinite values: mend the weights before compressing")

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.core import Tracer
 
 from jaxcomp import tree as tree_lib
 from jaxcomp.arrays import LowRankArray
@@ -34,9 +35,7 @@ class LowRankBuffers:
     shapes: tuple[tuple[str, tuple[int, ...]], ...] = struct.field(pytree_node=False, default=())
 
 
-def train(
-    rule: LowRank, begin: int = 0, forms: Mapping[str, MatrixForm] | None = None
-) -> Compression:
+def train(rule: Any, begin: Any = 0, forms: Mapping[str, MatrixForm] | None = None) -> Compression:
     """Train the factors of weights from a step on.
 
     At step ``begin`` every leaf is taken apart. From then on the forward pass sees the product of
@@ -49,7 +48,7 @@ def train(
     themselves is for :func:`~jaxcomp.factorize.low_rank_apply`.
 
     Args:
-        rule: the rank, and how kernels are split. By energy, it is measured by ``init``, and so
+        rule: a :class:`LowRank`: the rank, and how kernels are split. By energy, it is measured by ``init``, and so
             needs ``begin=0`` and weights that are known there.
         begin: the step from which on weights are in low rank; dense before.
         forms: from :func:`~jaxcomp.factorize.read_forms`, what the axes of each leaf are for. None:
@@ -167,7 +166,7 @@ def _check(rule: Any, begin: Any, forms: Any) -> None:
 
 
 def _rank(path: str, rule: LowRank, factoring: Factoring, leaf: Any) -> Any:
-    if rule.energy is not None and isinstance(leaf, jax.core.Tracer):
+    if rule.energy is not None and isinstance(leaf, Tracer):
         raise TypeError(
             f"{path}: its energy is not known inside a transformation: call init outside of it, or "
             "give a rank"

@@ -87,8 +87,8 @@ def test_cp_of_a_matrix_is_its_decomposition():
 def test_cp_of_a_degenerate_tensor_stays_bounded():
     """a⊗a⊗b + a⊗b⊗a + b⊗a⊗a has rank 3 and border rank 2: no best one of rank 2 exists."""
     a, b = np.eye(2)
-    tensor = sum(np.einsum("i,j,k->ijk", *part) for part in ((a, a, b), (a, b, a), (b, a, a)))
-    tensor = tensor.astype(np.float32)
+    terms = [np.einsum("i,j,k->ijk", *part) for part in ((a, a, b), (a, b, a), (b, a, a))]
+    tensor = np.sum(terms, axis=0).astype(np.float32)
     factors = canonical(tensor, 2, iterations=500)
     assert max(float(np.abs(np.asarray(f)).max()) for f in factors) < 30
     error = np.linalg.norm(np.asarray(product(factors)) - tensor) / np.linalg.norm(tensor)
