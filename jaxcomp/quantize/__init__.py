@@ -30,6 +30,7 @@ from jaxcomp.quantize.post_training.rotate import rotate
 from jaxcomp.quantize.post_training.round_to_nearest import round_to_nearest
 from jaxcomp.quantize.post_training.walk import Quantized
 from jaxcomp.quantize.ranges import AbsMax, Entropy, HalfQuadratic, MeanSquare, Percentile
+from jaxcomp.quantize.rate.training import estimated_bits, rate_distortion
 from jaxcomp.quantize.scales import find_scales
 from jaxcomp.quantize.steps import Scales
 from jaxcomp.quantize.training.batch_norm import Folded, fold_batch_norm, freeze_batch_norm
@@ -72,6 +73,7 @@ __all__ = [
     "dorefa",
     "encode",
     "equalize",
+    "estimated_bits",
     "fake_quant",
     "fake_quant_clipped",
     "fake_quant_learned",
@@ -93,6 +95,7 @@ __all__ = [
     "nvfp4",
     "observe_ranges",
     "power_of_two",
+    "rate_distortion",
     "rotate",
     "round_form",
     "round_to_nearest",
