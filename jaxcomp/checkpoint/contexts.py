@@ -21,13 +21,14 @@ from jaxcomp.checkpoint import layout as layouts
 from jaxcomp.checkpoint.decisions import Decision
 from jaxcomp.checkpoint.errors import CheckpointError
 from jaxcomp.checkpoint.layout import Layout, usable
-from jaxcomp.checkpoint.log_odds import SCALE, log_odds
+from jaxcomp.checkpoint.log_odds import PRECISION, SCALE, log_odds
 from jaxcomp.checkpoint.packing import Symbolic, symbol_dtype
 
 MIN_SIZE, MAX_SIZE = 16, 1 << 31
 _FIRST_BATCH, _GROWTH, _LARGEST_BATCH = 4, 8, 1 << 16
 _ENERGIES, _ENERGY_STEPS, _MEAN_COUNT = 32, 2.0, 4.0
 _GOLDEN = 0.6180339887498949
+_SURE, _SAMPLE, _WORTH = 1 << 20, 1 << 17, 0.998
 
 # Codes answers under their probabilities: given the answers it writes them, given None it reads.
 Exchange = Callable[[np.ndarray, np.ndarray | None], np.ndarray]
@@ -145,6 +146,30 @@ def _begin(layout: Layout, sizes: Sizes, columns: int) -> Learned:
             for n in sizes.places[: sizes.lines]
         ),
     )
+
+
+def _promising(layout: Layout, values: np.ndarray) -> bool:
+    """Whether a large leaf's rows and columns tell anything: some rows are coded to find out."""
+    if values.size <= _SURE or layout.lags or layout.cells:
+        return True
+    matrix = values.reshape(values.shape[0], -1).T if layout.transposed else values
+    matrix = matrix.reshape(layout.matrix(values.shape))
+    count = max(16, _SAMPLE // matrix.shape[1])
+    start = max(0, (len(matrix) - count) // 2)
+    some = matrix[start : start + count].astype(np.int32) - layout.centre
+    bits = 0.0
+
+    def exchange(yes: np.ndarray, truth: np.ndarray | None) -> np.ndarray:
+        nonlocal bits
+        assert truth is not None
+        chance = yes * 2.0**-PRECISION
+        bits -= float(np.log2(np.where(truth, chance, 1.0 - chance)).sum())
+        return truth.astype(np.int32)
+
+    walk(layout._replace(transposed=False), some.shape, exchange, some.reshape(-1))
+    counts = np.bincount(some.reshape(-1) + layout.centre)
+    used = counts[counts > 0]
+    return bits < -_WORTH * float((used * np.log2(used / some.size)).sum())
 
 
 def _surroundings(
@@ -324,8 +349,10 @@ def encode(values: np.ndarray, alphabet: int) -> bytes | None:
     """
     if not MIN_SIZE <= values.size < MAX_SIZE or values.ndim == 0 or values.min() == values.max():
         return None
+    if values.ndim == 1 and values.size > entropy.SHORT:
+        return None  # No rows and columns: the static model is as good, and fast.
     layout = structure.find(values, alphabet)
-    if layout is None:
+    if layout is None or not _promising(layout, values):
         return None
     matrix = values.reshape(values.shape[0], -1).T if layout.transposed else values
     known = matrix.reshape(-1).astype(np.int32) - layout.centre

@@ -23,7 +23,7 @@ class LeafInfo:
         shape: of the dense array.
         dtype: name of the dense array's dtype.
         parameters: elements of the dense array.
-        bytes: of the file that hold the leaf, checksums included, the manifest not.
+        bytes: of the file that hold the leaf, with checksums of its own; the manifest not.
         bits_per_weight: ``8 * bytes / parameters``; 0 for an empty array.
         sparsity: fraction of the dense elements that are exactly zero; 0 for an empty array.
     """
@@ -81,7 +81,7 @@ def inspect(path: str | os.PathLike, *, max_bytes: int | None = None) -> Inspect
         >>> _ = save(path, {"bias": jnp.array([0.0, 1.0])}, metadata={"accuracy": 0.5})
         >>> found = inspect(path)
         >>> found.metadata, found.leaves[0].sparsity, found.leaves[0].bytes
-        ({'accuracy': 0.5}, 0.5, 12)
+        ({'accuracy': 0.5}, 0.5, 8)
     """
     with blame(path):
         plan = make_plan(path, max_bytes)
@@ -104,7 +104,7 @@ def _describe(plan: Plan, spec: LeafSpec, offset: int) -> LeafInfo:
             f"{show(spec.path)}: the dense array would take {parameters * dtype.itemsize} bytes, "
             f"more than max_bytes = {plan.limit}: pass a larger max_bytes"
         )
-    size = leaf_bytes(spec)
+    size = leaf_bytes(plan, spec)
     return LeafInfo(
         path=show(spec.path),
         form=leaf.form() if isinstance(leaf, CompressedArray) else "dense",

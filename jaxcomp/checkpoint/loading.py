@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from jaxcomp.arrays import Parts
-from jaxcomp.checkpoint.container import MANIFEST_LIMIT, Container, checksum, read
+from jaxcomp.checkpoint.container import MANIFEST_LIMIT, SEALED_PARTS, Container, checksum, read
 from jaxcomp.checkpoint.errors import CheckpointError
 from jaxcomp.checkpoint.files import read_file
 from jaxcomp.checkpoint.leaves import (
@@ -124,13 +124,15 @@ def make_plan(path: str | os.PathLike, max_bytes: int | None) -> Plan:
             "larger max_bytes if the file is to be trusted"
         )
     _check_tensors(container, specs)
-    leaves = list(_placed(specs, len(container.body)))
+    leaves = list(_placed(specs, container))
     return Plan(container, manifest["tree"], metadata, leaves, len(data), limit)
 
 
-def leaf_bytes(spec: LeafSpec) -> int:
-    """Bytes of a leaf in the file: its parts with their checksums, and its tensors."""
-    return _body_bytes(spec) + sum(array.tensor_bytes for array in spec.arrays.values())
+def leaf_bytes(plan: Plan, spec: LeafSpec) -> int:
+    """Bytes of a leaf in the file: its parts, with checksums of their own, and its tensors."""
+    return _body_bytes(spec, plan.container.version) + sum(
+        array.tensor_bytes for array in spec.arrays.values()
+    )
 
 
 def read_leaf(plan: Plan, spec: LeafSpec, offset: int) -> Any:
@@ -145,9 +147,10 @@ def read_leaf(plan: Plan, spec: LeafSpec, offset: int) -> Any:
         data = plan.container.body[offset:end]
         if isinstance(part, ArraySpec) and part.where == "tensor":
             data = memoryview(plan.container.tensors[tensor_name(spec.path, name)].data)
-        offset = end + (_CHECKSUM_BYTES if len(data) else 0)
+        apart = plan.container.version == SEALED_PARTS
+        offset = end + (_CHECKSUM_BYTES if apart and len(data) else 0)
         label = f"{show(spec.path)}{'.' if name else ''}{name}"
-        if plan.container.body[end:offset] != checksum(data):
+        if apart and plan.container.body[end:offset] != checksum(data):
             raise CheckpointError(f"{label} is damaged: its checksum does not match")
         try:
             if isinstance(part, ArraySpec):
@@ -159,21 +162,24 @@ def read_leaf(plan: Plan, spec: LeafSpec, offset: int) -> Any:
     return put_together(spec, Parts(spec.static, symbols, arrays))
 
 
-def _placed(specs: list[LeafSpec], body_bytes: int) -> Iterator[tuple[LeafSpec, int]]:
+def _placed(specs: list[LeafSpec], container: Container) -> Iterator[tuple[LeafSpec, int]]:
     """Each leaf and its offset: parts follow one another without gaps, to the last byte."""
     offset = 0
     for spec in specs:
         yield spec, offset
-        offset += _body_bytes(spec)
-    if offset != body_bytes:
-        raise CheckpointError(f"the parts take {offset} bytes, the file has {body_bytes} for them")
+        offset += _body_bytes(spec, container.version)
+    there = len(container.body)
+    if offset != there:
+        raise CheckpointError(f"the parts take {offset} bytes, the file has {there} for them")
 
 
-def _body_bytes(spec: LeafSpec) -> int:
-    return sum(part.part_bytes + _checksum_bytes(part) for _, part in spec.parts())
+def _body_bytes(spec: LeafSpec, version: int) -> int:
+    return sum(part.part_bytes + _checksum_bytes(part, version) for _, part in spec.parts())
 
 
-def _checksum_bytes(part: ArraySpec | SymbolsSpec) -> int:
+def _checksum_bytes(part: ArraySpec | SymbolsSpec, version: int) -> int:
+    if version != SEALED_PARTS:
+        return 0
     tensor_bytes = part.tensor_bytes if isinstance(part, ArraySpec) else 0
     return _CHECKSUM_BYTES if part.part_bytes or tensor_bytes else 0
 

@@ -7,7 +7,13 @@ import numpy as np
 from jaxtyping import Shaped
 
 from jaxcomp.checkpoint import coder, raw
-from jaxcomp.checkpoint.container import build, checksum
+from jaxcomp.checkpoint.container import (
+    SEALED_PARTS,
+    SEALED_WHOLE,
+    WHOLE_LIMIT,
+    build,
+    checksum,
+)
 from jaxcomp.checkpoint.files import resolve_target, write_file
 from jaxcomp.checkpoint.leaves import (
     can_be_tensor,
@@ -54,15 +60,24 @@ def save(path: str | os.PathLike, tree: Any, metadata: dict[str, Any] | None = N
     target = resolve_target(path)
     metadata = check_metadata(metadata)
     encode_tree(tree, check_leaf)
-    body: list[bytes] = []
+    body: list[tuple[bytes, bytes]] = []
     tensors: dict[str, np.ndarray] = {}
     structure = encode_tree(tree, lambda path, leaf: _store(path, leaf, body, tensors))
     manifest = {"metadata": metadata, "tree": structure} if metadata else {"tree": structure}
-    return write_file(target, build(dumps(manifest), b"".join(body), tensors))
+    whole = not tensors and sum(len(data) for data, _ in body) <= WHOLE_LIMIT
+    kept = b"".join(data if whole else data + check for data, check in body)
+    version = SEALED_WHOLE if whole else SEALED_PARTS
+    return write_file(target, build(dumps(manifest), kept, tensors, version))
 
 
-def _store(path: Path, leaf: Any, body: list[bytes], tensors: dict[str, np.ndarray]) -> list[Any]:
-    """Append a leaf's parts to ``body`` and ``tensors``; returns its entry in the manifest."""
+def _store(
+    path: Path, leaf: Any, body: list[tuple[bytes, bytes]], tensors: dict[str, np.ndarray]
+) -> list[Any]:
+    """Append a leaf's parts, with their checksums, to ``body`` and to ``tensors``.
+
+    Returns:
+        Its entry in the manifest.
+    """
     kind, parts = take_apart(path, leaf)
     arrays, symbols = {}, {}
     for name, array in parts.arrays.items():
@@ -75,7 +90,7 @@ def _store(path: Path, leaf: Any, body: list[bytes], tensors: dict[str, np.ndarr
             codec, data = coder.encode(stream.values, stream.alphabet)
         except ValueError as error:
             raise ValueError(f"{show(path)}: {name}: {error}") from error
-        body.append(data + checksum(data))
+        body.append((data, checksum(data)))
         symbols[name] = [codec, stream.alphabet, list(stream.values.shape), len(data)]
     entry = [kind, parts.static, arrays, symbols]
     # What cannot be put together again must not be written.
@@ -86,15 +101,15 @@ def _store(path: Path, leaf: Any, body: list[bytes], tensors: dict[str, np.ndarr
 def _store_array(
     array: Shaped[np.ndarray, "..."],
     name: str,
-    body: list[bytes],
+    body: list[tuple[bytes, bytes]],
     tensors: dict[str, np.ndarray],
 ) -> list[Any]:
     if can_be_tensor(array, name, tensors):
         tensors[name] = array
-        body.append(checksum(array.reshape(-1).view(np.uint8).data))
+        body.append((b"", checksum(array.reshape(-1).view(np.uint8).data)))
         where = "tensor"
     else:
         data = raw.to_bytes(array)
-        body.append(data + checksum(data))
+        body.append((data, checksum(data)))
         where = "raw"
     return [where, array.dtype.name, list(array.shape)]

@@ -66,9 +66,12 @@ def find(values: np.ndarray, alphabet: int) -> Layout | None:
     if values.ndim < 2 or min(values.shape) == 0:
         return layout._replace(wide=False)
     top = 1 if not wide else max(2, 2 * round(mean + 1))
-    orientations = [layout, layout._replace(transposed=True)][: 2 if values.ndim > 2 else 1]
-    found = [_structured(each, values, top) for each in orientations]
-    return max(found, key=lambda pair: pair[0])[1]
+    upright = _structured(layout, values, top)
+    # A matrix has the same rows and columns either way; only patches are of rows.
+    if values.ndim == 2 and not any(lag % values.shape[1] for lag in upright[1].lags):
+        return upright[1]
+    transposed = _structured(layout._replace(transposed=True), values, top)
+    return max(upright, transposed, key=lambda pair: pair[0])[1]
 
 
 def _centre(counts: np.ndarray) -> int:

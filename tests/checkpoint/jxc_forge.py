@@ -263,7 +263,7 @@ def take_apart(path: str | os.PathLike) -> Forged:
                 offset += 4
             else:
                 parts.append(data + container.checksum(data))
-                offset += len(parts[-1])
+                offset += len(parts[-1] if plan.container.version == 1 else data)
     tensors = {
         name: np.frombuffer(t.data, jnp.dtype(t.dtype)).reshape(t.shape)
         for name, t in plan.container.tensors.items()

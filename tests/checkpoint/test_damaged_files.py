@@ -76,7 +76,7 @@ def test_blobs_that_are_none(tmp_path):
 
 def test_a_newer_format_is_told_from_damage(tmp_path, sound):
     at = sound.index(b"JXC") + 3
-    for version in (0, 2, 255):
+    for version in (0, 3, 255):
         changed = sound[:at] + bytes([version]) + sound[at + 1 :]
         assert "newer jaxcomp" in refused(tmp_path / "v", changed)
 
