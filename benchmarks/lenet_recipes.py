@@ -1,0 +1,155 @@
+"""What lenet.py trains: Deep Compression, and the records, as stages on jaxcomp's public functions."""
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import lenet_models as models
+import numpy as np
+from lenet_models import Network, Params
+from lenet_runs import Stage
+
+from jaxcomp import Compression, chain, identity, partition, prune, quantize, share
+
+
+class Han(NamedTuple):
+    """Deep Compression's settings for a network.
+
+    Attributes:
+        sparsities: fraction of each layer's weights that go.
+        clusters: shared values of each layer.
+        epochs: while weights go, and while the values that are left are shared.
+        dropout: of pixels and hidden units, in both.
+    """
+
+    sparsities: dict[str, float]
+    clusters: dict[str, int]
+    epochs: tuple[int, int]
+    dropout: tuple[float, float]
+
+
+DENSE = {
+    "lenet-300-100": Stage("dense", lambda steps: identity(), 20, 1e-3, (0.1, 0.2)),
+    "lenet-5": Stage("dense", lambda steps: identity(), 8, 1e-3, (0.0, 0.4)),
+}
+HAN = {
+    "lenet-300-100": Han(
+        {"dense1": 0.93, "dense2": 0.9, "dense3": 0.5},
+        {"dense1": 16, "dense2": 16, "dense3": 16},
+        (20, 5),
+        (0.05, 0.1),
+    ),
+    "lenet-5": Han(
+        {"conv1": 0.34, "conv2": 0.88, "dense1": 0.95, "dense2": 0.81},
+        {"conv1": 32, "conv2": 32, "dense1": 16, "dense2": 16},
+        (6, 2),
+        (0.0, 0.2),
+    ),
+}
+
+
+def deep_compression(network: Network) -> list[Stage]:
+    """Train, prune with retraining, share and retrain (Han et al., 2016)."""
+    settings = HAN[network.name]
+    sizes = {layer: math.prod(shape) for layer, shape in network.kernels.items()}
+    removed = sum(settings.sparsities[layer] * size for layer, size in sizes.items())
+    total = removed / sum(sizes.values())
+
+    def pruning(steps: int) -> Compression:
+        schedule = prune.cubic(total, begin=0, end=steps // 2)
+        fixed = {f"{layer}/kernel": s for layer, s in settings.sparsities.items()}
+        return prune.gradual(prune.scores.magnitude, schedule, prune.allocation.fixed(fixed))
+
+    def sharing(steps: int) -> Compression:
+        clusters = {f"{layer}/kernel": share.train(k) for layer, k in settings.clusters.items()}
+        return chain(prune.keep_zeros(), partition(clusters))
+
+    return [
+        DENSE[network.name],
+        Stage(f"pruned {settings.sparsities}", pruning, settings.epochs[0], 1e-3, settings.dropout),
+        Stage(f"shared {settings.clusters}", sharing, settings.epochs[1], 3e-4, settings.dropout),
+    ]
+
+
+class Record(NamedTuple):
+    """How a dense network is trained for the file.
+
+    Attributes:
+        penalty: what a bit of the file costs, in units of the loss.
+        epochs: passes over the training images.
+        rate: of Adam, at its peak.
+        dropout: of pixels and hidden units.
+        widths: channels or units that each hidden layer keeps; None for all of them.
+        step: all step sizes at the beginning.
+        warmup: fraction of the steps in which the penalty rises to what it is.
+        bits: of a code, at most.
+    """
+
+    penalty: float
+    epochs: int
+    rate: float = 3e-3
+    dropout: tuple[float, float] = (0.0, 0.0)
+    widths: tuple[int, ...] | None = None
+    step: float = 0.05
+    warmup: float = 0.3
+    bits: int = 5
+
+
+def record(network: Network, settings: Record) -> list[Stage]:
+    """Train, remove the channels with the smallest weights, and train loss + penalty * bits."""
+
+    def fewer(params: Params) -> Params:
+        hidden = list(network.kernels)[:-1]
+        for layer, width in zip(hidden, settings.widths or (), strict=settings.widths is not None):
+            others = [f"{other}/bias" for other in hidden if other != layer]
+            sparsity = 1 - width / network.kernels[layer][-1]
+            images = jnp.zeros((2, 28, 28))
+            if sparsity:
+                params = prune.channels(
+                    models.apply, params, images, sparsity=sparsity, keep=others
+                ).params
+        return params
+
+    def coding(steps: int) -> Compression:
+        def penalty(step):
+            return settings.penalty * jnp.minimum(1.0, step / np.float32(settings.warmup * steps))
+
+        format = quantize.Format(settings.bits, granularity=quantize.PerTensor())
+        method = quantize.rate_distortion(penalty, format, step=settings.step)
+        return partition({"*": method}, where=lambda path, leaf: True)
+
+    stage = Stage(
+        f"rate {settings}", coding, settings.epochs, settings.rate, settings.dropout, prepare=fewer
+    )
+    return [DENSE[network.name], stage]
+
+
+# Names, and how each is trained, of what is measured with every seed.
+RECORDS: dict[str, dict[str, Record]] = {
+    "lenet-300-100": {
+        "penalty 6e-7": Record(6e-7, 30),
+    },
+    "lenet-5": {
+        "penalty 2e-6": Record(2e-6, 40, widths=(8, 16, 64)),
+    },
+}
+SEARCH: dict[str, dict[str, Record]] = RECORDS
+
+
+def table_of(network: Network) -> dict[str, list[Stage]]:
+    """Everything that is measured: recipes by name."""
+    han = deep_compression(network)
+    records = {name: record(network, how) for name, how in RECORDS[network.name].items()}
+    return {"dense": han[:1], "Deep Compression": han, **records}
+
+
+def search_of(network: Network) -> dict[str, list[Stage]]:
+    """What the records' settings were chosen from."""
+    return {describe(how): record(network, how) for how in SEARCH[network.name].values()}
+
+
+def describe(how: Record) -> str:
+    """What differs from the defaults."""
+    defaults = Record(0.0, 0)
+    told = (f"{n} {v}" for n, v in how._asdict().items() if v != getattr(defaults, n))
+    return ", ".join(told)
