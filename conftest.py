@@ -1,10 +1,19 @@
 """Set up before anything imports jax: fake devices, and run-time checks of every signature."""
 
 import os
+from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most of the suite's time is the compiler's, on programs that run once: so it may be quick rather
+# than good. Whoever sets XLA_FLAGS, even to nothing, gets the programs that users get. Compilers
+# from 0.11 on have one emitter of fused loops, and do not know the second flag.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0"
+    + (" --xla_cpu_use_fusion_emitters=false" if version("jaxlib") < "0.11" else ""),
+)
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
 ).strip()
 # The suite compiles many small programs more than once: its workers share what each has compiled.
 os.environ.setdefault(
