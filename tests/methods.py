@@ -124,8 +124,45 @@ CASES = [
         ),
     ),
     Case("quantize-tensor", lambda: quantize.train(Format(2, granularity=PerTensor()), begin=2)),
+    Case(
+        "rate-distortion",
+        lambda: quantize.rate_distortion(lambda step: 1e-4 * step, Format(4), step=0.1),
+        learns=True,
+    ),
+    Case("rate-distortion-later", lambda: quantize.rate_distortion(1e-3, begin=2), learns=True),
+    # What rounds to zero may come back; what is pruned may not (tests/quantize/rate).
+    Case(
+        "prune-then-rate-distortion",
+        lambda: chain(pruner(), quantize.rate_distortion(1e-4)),
+        learns=True,
+    ),
     Case("share-now", lambda: share.train(5), learns=True),
     Case("share-later", lambda: share.train(8, begin=3), learns=True),
+    Case(
+        "share-vectors",
+        lambda: share.train_vectors(share.VectorFormat(3, 2), key=jax.random.key(0)),
+        learns=True,
+    ),
+    Case(
+        "prune-then-share-vectors",
+        lambda: chain(
+            pruner(),
+            share.train_vectors(
+                share.VectorFormat(2, 2, stages=2, axis=-1, per_space=True),
+                key=jax.random.key(0),
+                begin=2,
+            ),
+        ),
+        learns=True,
+        removes=True,
+    ),
+    Case("share-hashed", lambda: share.train_hashed(0.5), learns=True),
+    Case("share-hashed-later", lambda: share.train_hashed(0.5, seed=1, begin=3), learns=True),
+    Case(
+        "share-kernels",
+        lambda: share.train_kernel_patterns(2, key=jax.random.key(0), begin=1, axes=(-2,)),
+        learns=True,
+    ),
     Case("low-rank-now", lambda: factorize.train(factorize.LowRank(2)), learns=True),
     Case("low-rank-later", lambda: factorize.train(factorize.LowRank(1), begin=3), learns=True),
     Case(

@@ -234,7 +234,7 @@ def _sums(chunks: tuple[Array, Array], centroids: Array) -> tuple[Array, Array, 
         residual = x - centroids.at[index].get(mode="promise_in_bounds")
         columns = [weight, weight * residual, weight * residual * residual]
         part = jax.ops.segment_sum(jnp.concatenate(columns, 1), index, clusters)
-        return _compensated(*sums, part), None
+        return _compensated(sums[0], sums[1], part), None
 
     zeros = jnp.zeros((clusters, width + 2 * d), jnp.float32)
     (total, low), _ = lax.scan(add, (zeros, zeros), chunks)
