@@ -69,7 +69,7 @@ def svd(
     *,
     activation_aware: bool = True,
     residual: Encoder | None = None,
-    iterations: int = 5,
+    iterations: Any = 5,
     sequential: bool = True,
     at_once: int = 1,
     damping: float = 1e-6,

@@ -48,8 +48,8 @@ def train(rule: Any, begin: Any = 0, forms: Mapping[str, MatrixForm] | None = No
     themselves is for :func:`~jaxcomp.factorize.low_rank_apply`.
 
     Args:
-        rule: a :class:`LowRank`: the rank, and how kernels are split. By energy, it is measured by ``init``, and so
-            needs ``begin=0`` and weights that are known there.
+        rule: a :class:`LowRank`: the rank, and how kernels are split. By energy, it is measured by
+            ``init``, and so needs ``begin=0`` and weights that are known there.
         begin: the step from which on weights are in low rank; dense before.
         forms: from :func:`~jaxcomp.factorize.read_forms`, what the axes of each leaf are for. None:
             leaves are taken for Flax's layouts, and those of three axes left alone.

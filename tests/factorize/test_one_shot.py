@@ -195,7 +195,7 @@ def test_constant_weights_are_of_rank_one(value):
             "must return a compressed leaf",
         ),
         (lambda: largest_weights(0.0), ValueError, "density is 0.0"),
-        (lambda: svd(None, PARAMS, None, RULES, residual=3), TypeError, "residual must be"),
+        (lambda: svd(None, PARAMS, None, RULES, iterations=1.5), TypeError, "iterations"),
     ],
 )
 def test_bad_input_is_refused(call, error, words):
