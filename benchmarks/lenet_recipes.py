@@ -1,4 +1,4 @@
-"""What lenet.py trains: Deep Compression, and the records, as stages on jaxcomp's public functions."""
+"""What lenet.py trains, on jaxcomp's public functions: Deep Compression, and the records."""
 
 import math
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Stages of training for lenet.py, each kept in a file; a killed one goes on from its last epoch."""
+"""Stages of training for lenet.py, each kept in a file; after a kill from its last epoch on."""
 
 import hashlib
 import json
@@ -169,7 +169,9 @@ def _progress_file(file: pathlib.Path) -> pathlib.Path:
 
 def _keep(path: pathlib.Path, state: Any, epochs: int, seconds: float) -> None:
     """Replace the file at once: whoever is killed meanwhile leaves the one before."""
-    leaves = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
+    leaves: dict[str, Any] = {
+        f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))
+    }
     unfinished = path.with_suffix(".new")
     with open(unfinished, "wb") as file:
         np.savez(file, epochs=epochs, seconds=seconds, **leaves)

@@ -1,5 +1,6 @@
 """The tables and the plot of lenet.py, beside what was published."""
 
+import importlib
 import pathlib
 import statistics
 from collections.abc import Sequence
@@ -146,10 +147,10 @@ def coders_table(network: Network, found: dict[str, list[Shipped]], nncodec: str
 def plot(results: dict[str, dict[str, list[Shipped]]], file: pathlib.Path) -> str:
     """Bytes against error, a panel for each network; says where the file is, or what is missing."""
     try:
-        from matplotlib.figure import Figure
+        drawing: Any = importlib.import_module("matplotlib.figure")
     except ImportError:
         return f"No plot: matplotlib draws {file} (pip install matplotlib)."
-    figure = Figure(figsize=(5.5 * len(results), 4.5), layout="constrained")
+    figure = drawing.Figure(figsize=(5.5 * len(results), 4.5), layout="constrained")
     panels = np.atleast_1d(figure.subplots(1, len(results)))
     for panel, (name, found) in zip(panels, results.items(), strict=True):
         for recipe, of_seeds in found.items():

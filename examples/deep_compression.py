@@ -33,6 +33,7 @@ class LeNet300(nn.Module):
 
     @nn.compact
     def __call__(self, x, train=False):
+        """Images (n, height, width, 1) to logits (n, 10)."""
         x = x.reshape(len(x), -1)
         for width in (300, 100):
             x = nn.relu(nn.Dense(width)(x))
@@ -47,6 +48,7 @@ class LeNet5(nn.Module):
 
     @nn.compact
     def __call__(self, x, train=False):
+        """Images (n, 28, 28, 1) to logits (n, 10)."""
         for channels in (20, 50):
             x = nn.relu(nn.Conv(channels, (5, 5), padding="VALID")(x))
             x = nn.max_pool(x, (2, 2), (2, 2))

@@ -81,3 +81,14 @@ def test_a_taught_student(tmp_path, monkeypatch, capsys):
     # 3,402 weights at 3 bits and 80% zeros, and 74 biases in float32.
     assert (tmp_path / "student.jxc").stat().st_size < 1500
     assert "by the teacher" in capsys.readouterr().out
+
+
+def test_deep_compression(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    found = load("deep_compression").main(["--epochs", "10", "10", "3"])
+    size, error = found["shared"]
+    assert error < 10
+    assert 25 * size < found["dense"][0]
+    assert size < found["pruned"][0]
+    assert size == (tmp_path / "deep_compression.jxc").stat().st_size
+    assert f"{size:,} bytes" in capsys.readouterr().out

@@ -62,7 +62,7 @@ def test_a_killed_run_comes_to_the_same_file(benchmark, tmp_path, monkeypatch):
     command = [sys.executable, "-m", "lenet_noise", str(tmp_path / "killed")]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        # It has said that it begins, and that an epoch of the last stage is done; more would follow.
+        # Dozens of epochs would follow.
         for line in process.stdout:
             if line == "epochs of the last stage: 3\n":
                 process.send_signal(signal.SIGKILL)
