@@ -149,7 +149,7 @@ def layer(shape: tuple[int, ...]) -> Callable[[Any, Any], Any]:
         return lambda p, x: x @ p["kernel"]
     numbers = ("NHWC", "HWIO", "NHWC")
     return lambda p, x: jax.lax.conv_general_dilated(
-        x, p["kernel"], (1, 1), "SAME", dimension_numbers=numbers
+        x, jnp.asarray(p["kernel"]), (1, 1), "SAME", dimension_numbers=numbers
     )
 
 

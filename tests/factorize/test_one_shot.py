@@ -28,7 +28,7 @@ BATCHES = [normal(8, 6, 6, 4) * jnp.array([2.0, 1.0, 0.1, 0.0]) for _ in range(2
 def model(p, x):
     numbers = ("NHWC", "HWIO", "NHWC")
     x = jax.lax.conv_general_dilated(
-        x, p["conv"]["kernel"], (1, 1), "SAME", dimension_numbers=numbers
+        x, jnp.asarray(p["conv"]["kernel"]), (1, 1), "SAME", dimension_numbers=numbers
     )
     x = jnp.tanh(x + p["conv"]["bias"]).mean((1, 2))
     return jnp.tanh(x @ p["dense"]["kernel"]) @ p["head"]["kernel"]
