@@ -132,7 +132,7 @@ def factoring_of(form: MatrixForm, split: str) -> Factoring:
     else:
         rows, columns = form.input_axes, form.output_axes
         if split == "spatial":
-            rows, columns = (window[0], *channels), (*window[1:], *form.output_axes)
+            rows, columns = (*window[:1], *channels), (*window[1:], *form.output_axes)
         groups = (rows, columns)
         terms = [f"{word(*rows)}r", f"r{word(*columns)}"]
         split = "matrix" if split == "matrix" else "spatial"
