@@ -102,6 +102,8 @@ def measure(
 ) -> dict[str, list[Shipped]]:
     """Every recipe with every seed, as another process sees it."""
     found = train(options, network, recipes.table_of(network), data, seeds)
+    # One seed shows how the curve goes on, beside the points that all seeds were trained for.
+    found |= train(options, network, recipes.curve_of(network), data, seeds[:1])
     files = {name: [ship(run) for run in of_seeds] for name, of_seeds in found.items()}
     flat = [file for of_seeds in files.values() for file in of_seeds]
     errors = dict(zip(flat, verify(flat, options.data_dir), strict=True))

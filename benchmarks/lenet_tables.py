@@ -47,9 +47,9 @@ def results_table(network: Network, found: dict[str, list[Shipped]]) -> Table:
     dense = [run.error for run in found["dense"]]
     for name, of_seeds in found.items():
         sizes, errors = [run.size for run in of_seeds], [run.error for run in of_seeds]
-        change = statistics.mean(e - d for e, d in zip(errors, dense, strict=True))
+        change = statistics.mean(e - d for e, d in zip(errors, dense, strict=False))
         table.add_row(
-            name,
+            name if len(of_seeds) == len(dense) else f"{name} (seed 0)",
             f"{round(statistics.mean(sizes)):,}",
             f"{min(sizes):,} to {max(sizes):,}",
             f"{network.float32_bytes / statistics.mean(sizes):.1f}×",

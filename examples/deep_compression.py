@@ -1,8 +1,8 @@
 """Deep Compression: train, prune, share the weights that are left, and entropy-code them.
 
 python examples/deep_compression.py                                  # scikit-learn's digits
-python examples/deep_compression.py --data-dir DIR                   # MNIST's IDX files
-python examples/deep_compression.py --data-dir DIR --network lenet-5
+python examples/deep_compression.py --data-dir DIR --epochs 15 15 5  # MNIST
+python examples/deep_compression.py --data-dir DIR --network lenet-5 --epochs 8 6 2
 
 Source: Han, Mao and Dally, "Deep Compression: Compressing Deep Neural Networks with Pruning,
 Trained Quantization and Huffman Coding", ICLR 2016.
@@ -22,7 +22,7 @@ import jaxcomp
 from jaxcomp import prune, share
 from jaxcomp.demo.data import Dataset, load_digits, load_mnist
 
-BATCH = 128
+BATCH = 64
 Params = Any
 
 
@@ -181,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, tuple[int, float]]
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data-dir", help="MNIST's IDX files; without it, scikit-learn's digits")
     parser.add_argument("--network", choices=PLANS, default="lenet-300-100")
-    parser.add_argument("--epochs", type=int, nargs=3, default=[15, 15, 5])
+    parser.add_argument("--epochs", type=int, nargs=3, default=[30, 30, 10])
     options = parser.parse_args(arguments)
     if options.data_dir is None and options.network == "lenet-5":
         parser.error("lenet-5 wants images of 28 × 28: pass --data-dir")
