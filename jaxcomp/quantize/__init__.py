@@ -30,6 +30,7 @@ from jaxcomp.quantize.post_training.rotate import rotate
 from jaxcomp.quantize.post_training.round_to_nearest import round_to_nearest
 from jaxcomp.quantize.post_training.walk import Quantized
 from jaxcomp.quantize.ranges import AbsMax, Entropy, HalfQuadratic, MeanSquare, Percentile
+from jaxcomp.quantize.rate.post_training import rate_rounding
 from jaxcomp.quantize.rate.training import estimated_bits, rate_distortion
 from jaxcomp.quantize.scales import find_scales
 from jaxcomp.quantize.steps import Scales
@@ -96,6 +97,7 @@ __all__ = [
     "observe_ranges",
     "power_of_two",
     "rate_distortion",
+    "rate_rounding",
     "rotate",
     "round_form",
     "round_to_nearest",

@@ -76,7 +76,7 @@ def code_bits(levels: Float[Array, "*dims"], density: CodeDensity) -> Float[Arra
     code = jnp.round(size).astype(jnp.int32)
     logit = nonzero_logits(density, levels.ndim)
     table = magnitude_bits(density)
-    zero, nonzero = jax.nn.softplus(logit) / _LN2, jax.nn.softplus(-logit) / _LN2
+    zero, nonzero = nonzero_bits(density, levels.ndim)
     bits = jnp.where(code == 0, zero, nonzero + table[jnp.maximum(code, 1) - 1])
     # ln(p / (1 - p)) is the logit itself.
     table = jax.lax.stop_gradient(table)
@@ -111,6 +111,26 @@ def nonzero_logits(density: CodeDensity, rank: int) -> Float[Array, "..."]:
             if logits.shape[-1] > 1:
                 total = total + jnp.expand_dims(logits, [i for i in range(rank) if i != axis])
     return total
+
+
+def nonzero_bits(
+    density: CodeDensity, rank: int
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """The bits of being zero, and those of not being zero, at each place.
+
+    Args:
+        density: of the codes.
+        rank: axes of the leaf.
+
+    Returns:
+        Both broadcast to the leaf.
+
+    Example:
+        >>> nonzero_bits(initial_density((3,), 1), 1)
+        (Array([1.], dtype=float32), Array([1.], dtype=float32))
+    """
+    logit = nonzero_logits(density, rank)
+    return jax.nn.softplus(logit) / _LN2, jax.nn.softplus(-logit) / _LN2
 
 
 def magnitude_bits(density: CodeDensity) -> Float[Array, " high"]:

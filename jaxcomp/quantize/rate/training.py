@@ -323,10 +323,29 @@ def _price(penalty: Any) -> Callable[[Any], Any]:
     return lambda step: penalty
 
 
-def _check(format: Any, step: Any) -> None:
+def check_signed(format: Any) -> None:
+    """Raise unless codes are signed integers around zero, the form that a density is learned of.
+
+    Args:
+        format: what to quantize to.
+
+    Raises:
+        TypeError: not a uniform format.
+        ValueError: it is affine, has no level at zero, or says how to find its range.
+
+    Example:
+        >>> check_signed(Format(4, zero=False))
+        Traceback (most recent call last):
+        ...
+        ValueError: Format(bits=4, ...) has no level at zero, which most weights are to have
+    """
     check_uniform(format)
     if not format.zero:
         raise ValueError(f"{format} has no level at zero, which most weights are to have")
+
+
+def _check(format: Any, step: Any) -> None:
+    check_signed(format)
     if step is None:
         return
     if not is_number(step):
