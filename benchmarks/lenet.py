@@ -40,8 +40,6 @@ import jaxcomp
 from jaxcomp.demo import data as images_lib
 from jaxcomp.demo.data import Dataset
 
-SEARCH_SEED = 100
-
 
 class Shipped(NamedTuple):
     """One seed of one recipe.
@@ -119,7 +117,7 @@ def measure(
 def search(options: Any, network: models.Network, data: Dataset) -> list[tuple[str, int, float]]:
     """What settings came to on the held-out images: their names, bytes and errors."""
     held_out, table = models.held_out(data), recipes.search_of(network)
-    found = train(options, network, table, held_out, [SEARCH_SEED])
+    found = train(options, network, table, held_out, [recipes.SEARCH_SEED])
     return [
         (name, ship(run).stat().st_size, models.error(run.params, held_out))
         for name, (run,) in found.items()
@@ -149,7 +147,8 @@ def main() -> None:
         console.print(curve_table(network, found), coders_table(network, found, options.nncodec))
     if results:
         console.print(plot(results, options.plot))
-    console.print(conditions([SEARCH_SEED] if options.search else list(range(options.seeds))))
+    seeds = [recipes.SEARCH_SEED] if options.search else list(range(options.seeds))
+    console.print(conditions(seeds))
 
 
 if __name__ == "__main__":

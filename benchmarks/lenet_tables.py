@@ -17,6 +17,7 @@ from sparsity import mean_and_spread
 import jaxcomp
 from jaxcomp import tree as tree_lib
 from jaxcomp.arrays import is_compressed
+from jaxcomp.checkpoint.coder import encode
 
 # Name, bytes, error in percent.
 PUBLISHED: dict[str, list[tuple[str, int, float]]] = {
@@ -112,32 +113,29 @@ def codes_of(file: pathlib.Path) -> list[Codes]:
         for symbols in leaf.to_parts().symbols.values():
             # Zero is the code that most weights have.
             zero = int(np.bincount(symbols.values.ravel()).argmax())
-            values = symbols.values.reshape(-1, symbols.values.shape[-1])
-            found.append(Codes(values, symbols.alphabet, zero))
+            found.append(Codes(symbols.values, symbols.alphabet, zero))
     return found
 
 
 def coders_table(network: Network, found: dict[str, list[Shipped]], nncodec: str | None) -> Table:
-    """The same codes as other coders would store them: streams alone, mean over the seeds."""
+    """The same codes in our coder and in others: streams alone, mean over the seeds."""
     coder = coding_peers.load_nncodec(nncodec)
     coders = {
+        "our streams": lambda codes: sum(len(encode(x.values, x.alphabet)[1]) for x in codes),
         "first-order entropy": coding_peers.entropy_bytes,
         "zlib": coding_peers.zlib_bytes,
         "xz": coding_peers.xz_bytes,
         "nncodec": lambda codes: coding_peers.nncodec_bytes(coder, codes) if coder else None,
     }
-    table = Table(title=f"{network.name}: the same codes in other coders, bytes, streams alone")
-    for heading in ("", "our file", "in it: leaves", *coders):
+    table = Table(title=f"{network.name}: the same codes in other coders, bytes")
+    for heading in ("", "whole file", *coders):
         table.add_column(heading, justify="right" if heading else "left")
     for name, of_seeds in found.items():
         codes = [codes_of(run.file) for run in of_seeds]
         if not all(codes):
             continue
-        leaves = [
-            sum(leaf.bytes for leaf in jaxcomp.inspect(str(run.file)).leaves) for run in of_seeds
-        ]
         sizes = [[code(each) for each in codes] for code in coders.values()]
-        cells = [[run.size for run in of_seeds], leaves, *sizes]
+        cells = [[run.size for run in of_seeds], *sizes]
         table.add_row(
             name, *("" if None in each else f"{statistics.mean(each):,.0f}" for each in cells)
         )
