@@ -6,6 +6,7 @@ Inside, examples lie on the last axis, where small layers are twice as fast on a
 """
 
 import math
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax
@@ -50,6 +51,17 @@ NETWORKS = {
         },
     ),
 }
+
+
+def narrowed(network: Network, widths: tuple[int, ...]) -> Network:
+    """The network with fewer channels or units in its hidden layers."""
+    kernels: dict[str, tuple[int, ...]] = {}
+    kept = Fraction(1)
+    for (layer, shape), width in zip(network.kernels.items(), (*widths, 10), strict=True):
+        *space, inputs, whole = shape
+        kernels[layer] = (*space, int(inputs * kept), width)
+        kept = Fraction(width, whole)
+    return network._replace(kernels=kernels)
 
 
 def initial(network: Network, seed: int) -> Params:

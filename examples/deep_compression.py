@@ -164,7 +164,9 @@ def compress(plan: Plan, data: Dataset, epochs: Sequence[int]) -> dict[str, tupl
     ship("pruned", packed)
 
     # What is left shares a few values, which go on being trained; what has gone stays away.
-    sharing = {path: share.train(clusters) for path, clusters in plan.clusters.items()}
+    sharing: dict[str, jaxcomp.Compression | None] = {}
+    for path, clusters in plan.clusters.items():
+        sharing[path] = share.train(clusters)
     method = jaxcomp.chain(prune.keep_zeros(), jaxcomp.partition(sharing))
     _, packed = train(sparse, params, method, data, epochs[2], 3e-4)
     ship("shared", packed)
