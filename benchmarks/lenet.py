@@ -5,11 +5,15 @@
     python benchmarks/lenet.py --data-dir package --search     # what settings were chosen from
 
 For each seed a network is trained in float32 on all 60,000 training images. From its weights go
-Deep Compression (``prune.gradual``, ``share.train``) and, once for each penalty on the bits of the
-file, ``quantize.rate_distortion`` after ``prune.channels``. Images are neither moved nor deformed,
-and there is no teacher. What is tested is the last epoch's weights, by another process that knows
-nothing but the file and the test images; no epoch, seed or setting is chosen by these. Settings
-were chosen by ``--search``, on 5,000 of the training images that were held out of training.
+Deep Compression (``prune.gradual``, then ``share.train``) and, for LeNet-300-100, the records:
+``quantize.rate_distortion``, once for each price of a bit. LeNet-5's records begin with new
+weights, of 8 and 16 channels and 64 units in place of 20, 50 and 500: a whole LeNet-5 whose other
+channels have gone before it is trained. Images are neither moved nor deformed, and there is no
+teacher.
+
+What is tested is the last epoch's weights, by another process that knows nothing but the file and
+the test images; no epoch, seed or setting is chosen by these. Settings were chosen by ``--search``,
+on 5,000 of the training images that were held out of training.
 
 A ratio counts all parameters of the network in float32 over the bytes of the one .jxc file.
 Every stage is kept in ``--runs``; a killed run goes on from its last epoch.
