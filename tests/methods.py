@@ -129,7 +129,11 @@ CASES = [
         lambda: quantize.rate_distortion(lambda step: 1e-4 * step, Format(4), step=0.1),
         learns=True,
     ),
-    Case("rate-distortion-later", lambda: quantize.rate_distortion(1e-3, begin=2), learns=True),
+    Case(
+        "rate-distortion-later",
+        lambda: quantize.rate_distortion(1e-3, begin=2, settle=4, examples=16),
+        learns=True,
+    ),
     # What rounds to zero may come back; what is pruned may not (tests/quantize/rate).
     Case(
         "prune-then-rate-distortion",

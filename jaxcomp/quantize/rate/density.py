@@ -165,7 +165,7 @@ def prior_bits(density: CodeDensity) -> Float[Array, ""]:
     return jnp.asarray(squares, jnp.float32) / (2 * _DEVIATION**2 * _LN2)
 
 
-def fitted_density(codes: np.ndarray, high: int, rounds: int = 8) -> CodeDensity:
+def fitted_density(codes: np.ndarray, high: int, rounds: int = 20) -> CodeDensity:
     """The density of codes that are known, by Newton steps: maximum likelihood under the prior.
 
     Args:
@@ -195,7 +195,9 @@ def fitted_density(codes: np.ndarray, high: int, rounds: int = 8) -> CodeDensity
             p = _sigmoid(base + _total(axes, used, codes.ndim))
             slope = (some - p).sum(others) - axes[axis] / _DEVIATION**2
             bend = np.broadcast_to(p * (1 - p), codes.shape).sum(others) + 1 / _DEVIATION**2
-            axes[axis] = axes[axis] + np.clip(slope / bend, -2, 2)
+            moved = axes[axis] + np.clip(slope / bend, -2, 2)
+            # At the optimum they add up to 0: else they would crawl there.
+            axes[axis], base = moved - moved.mean(), base + float(moved.mean())
         p = _sigmoid(base + _total(axes, used, codes.ndim))
         bend = max(float(np.broadcast_to(p * (1 - p), codes.shape).sum()), 1e-6)
         base += float(np.clip((some - p).sum() / bend, -2, 2))

@@ -3,44 +3,26 @@
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxcomp import tree as tree_lib
-from jaxcomp.checks import is_number
+from jaxcomp.checks import check_count, is_number
 from jaxcomp.compression import Compression, Params, State
 from jaxcomp.model.trace import ModelTrace
 from jaxcomp.quantize.checks import check_quantizable, traced_format
 from jaxcomp.quantize.formats import Format, PerTensor
-from jaxcomp.quantize.rate.density import CodeDensity, code_bits, initial_density, prior_bits
-from jaxcomp.quantize.scales import Scales, find_scales, spread_scales
+from jaxcomp.quantize.rate.coded import Coded, begin_coded, leaf_bits, priced, step_of
+from jaxcomp.quantize.rate.settling import margins_of, nothing_known, remember, shrink
 from jaxcomp.quantize.training.leafwise import check_uniform, encode_given, stages_of
 from jaxcomp.quantize.training.learned_scale import used_step
-from jaxcomp.quantize.training.step_gradient import fake_quant_learned
-from jaxcomp.sharding import automatic, spec_like
 
 _FORMAT = Format(bits=5, granularity=PerTensor())
-# Where all weights of a leaf are zero (biases that have not been trained) there is nothing to see.
-_STEP_OF_ZEROS = 0.05
-
-
-class Coded(NamedTuple):
-    """What is learned about a leaf.
-
-    Attributes:
-        log_step: logarithms of the step sizes to base 2, straight lines between powers of two, so
-            that every platform makes the same bits of them; see :func:`step_of`.
-        density: of the codes.
-    """
-
-    log_step: Float[Array, "..."]
-    density: CodeDensity
 
 
 @struct.dataclass
@@ -49,19 +31,26 @@ class RateBuffers:
 
     Attributes:
         step: ``int32``, updates so far.
+        second_order: by path, where codes settle: the mean square of the gradient until then; from
+            then on by how much a weight is moved towards zero before it is rounded. Else empty.
+        settle: the step from which on that is done, or None (static).
         leaves: path, shape and format of each leaf (static).
     """
 
     step: Any
+    second_order: dict[str, Any]
+    settle: int | None = struct.field(pytree_node=False)
     leaves: tuple[tuple[str, tuple[int, ...], Format], ...] = struct.field(pytree_node=False)
 
 
 def rate_distortion(
-    penalty: float | Callable[[Any], Any],
-    format: Format = _FORMAT,
+    penalty: Any,
+    format: Any = _FORMAT,
     begin: int = 0,
     trace: ModelTrace | None = None,
-    step: float | None = None,
+    step: Any = None,
+    settle: Any = None,
+    examples: Any = 1,
 ) -> Compression:
     """Train ``loss + penalty * bits``, the bits being those that the file's coder will need.
 
@@ -73,7 +62,17 @@ def rate_distortion(
 
     The density appears in the bits alone, so its own gradient is that of the mean bits a weight,
     whatever the penalty, also while this is zero. It moves with the optimizer's rate: some
-    thousand steps of Adam at 1e-3. Let the rate fall to nearly zero: codes settle.
+    thousand steps of Adam at 1e-3. Let the rate fall to nearly zero, so that codes come to rest.
+
+    Where the loss is nearly zero already, nothing holds against the price: Adam, which divides by
+    the size of gradients, then moves all weights and steps at its full rate, until all is zero.
+    Begin with such weights at a lower rate, with dropout or augmentation, or begin from scratch.
+
+    With ``settle``, rounding itself becomes rate-distortion optimal, to second order: from that
+    step on a weight goes up from one code to the next only where this is worth the bits, that is
+    ``price * (bits of ±1 - bits of 0) / (curvature * step)`` later than half way. The curvature of
+    the loss is the diagonal of the empirical Fisher information, ``examples`` times the mean
+    square of the gradients until then. The weights train on and make up for it.
 
     Args:
         penalty: what a bit costs in units of the loss, or a function of the step that says it
@@ -85,6 +84,9 @@ def rate_distortion(
         trace: of the model; says what the channels of ``PerChannel()`` are, as for :func:`train`.
         step: all step sizes at the beginning; None: half of the root mean square of the weights
             that share one (0.05 where these are all zero, so that biases may grow).
+        settle: the step from which on rounding weighs bits against the curvature of the loss,
+            after ``begin``; None: codes are always the nearest. Costs one array a leaf.
+        examples: how many examples the loss is the mean of; for ``settle``.
 
     Returns:
         A method; it packs to :class:`QuantizedArray` from step ``begin`` on.
@@ -93,9 +95,9 @@ def rate_distortion(
 
     Raises:
         TypeError: an argument of another type; from ``init``: a leaf that is no floating array.
-        ValueError: a penalty or step that is negative, zero or not finite where it must not be; a
-            format that is affine, has no zero or a range to find; from ``init``: a format that does
-            not fit a leaf.
+        ValueError: a penalty or step that is negative, zero or not finite where it must not be;
+            ``settle`` not after ``begin``; a format that is affine, has no zero or a range to
+            find; from ``init``: a format that does not fit a leaf.
 
     Example:
         >>> method = rate_distortion(1e-6, step=0.5)
@@ -113,6 +115,7 @@ def rate_distortion(
     price = _price(penalty)
     _check(format, step)
     begin = stages_of(format, begin, trace, None)[0].begin
+    _check_settling(begin, settle, examples)
 
     def learn(leaves: Mapping[str, Any], formats: Mapping[str, Any]) -> dict[str, Coded]:
         return _learn(dict(leaves), tuple(formats.items()), step)
@@ -125,27 +128,36 @@ def rate_distortion(
         for path, leaf in leaves.items():
             check_quantizable(path, leaf, formats[path])
         told = tuple((path, tuple(leaves[path].shape), formats[path]) for path in leaves)
-        return State(learn(leaves, formats), RateBuffers(jnp.zeros((), jnp.int32), told))
+        kept = {} if settle is None else jax.tree.map(nothing_known, dict(leaves))
+        return State(
+            learn(leaves, formats), RateBuffers(jnp.zeros((), jnp.int32), kept, settle, told)
+        )
 
     def apply(params: Params, state: State) -> Params:
         now = state.buffers.step
         cost = jnp.asarray(price(now), jnp.float32)
         news = {}
         for path, (leaf, form) in _leaves(params, state).items():
-            seen = _seen(leaf, state.learned[path], form, cost)
+            seen = priced(_settled(path, leaf, state.buffers), state.learned[path], form, cost)
             news[path] = jnp.where(now >= begin, seen, leaf) if begin else seen
         return tree_lib.replace(params, news)
 
     def update(params: Params, state: State, grads: Params) -> State:
-        del grads
         now, learned = jnp.asarray(optax.safe_increment(state.buffers.step)), state.learned
+        kept, formats = state.buffers.second_order, {p: form for p, _, form in state.buffers.leaves}
+        if settle is not None and grads is not None:
+            cost, seen = price(now), tree_lib.take(grads, kept)
+
+            def margins(path: str) -> Callable[[Array], Array]:
+                return lambda x: margins_of(x, learned[path], formats[path], cost, examples)
+
+            kept = {p: remember(x, seen[p], now, settle, margins(p)) for p, x in kept.items()}
         if begin:
             leaves = {path: leaf for path, (leaf, _) in _leaves(params, state).items()}
-            formats = {path: form for path, _, form in state.buffers.leaves}
             learned = jax.lax.cond(
                 now == begin, lambda x, _: learn(x, formats), lambda _, old: old, leaves, learned
             )
-        return State(learned, state.buffers.replace(step=now))
+        return State(learned, state.buffers.replace(step=now, second_order=kept))
 
     def pack(params: Params, state: State) -> Any:
         if int(state.buffers.step) < begin:
@@ -153,6 +165,7 @@ def rate_distortion(
         news = {}
         for path, (leaf, form) in _leaves(params, state).items():
             tree_lib.check_weight(path, leaf)
+            leaf = _settled(path, leaf, state.buffers)
             scale = used_step(step_of(state.learned[path].log_step), form, leaf.dtype)
             news[path] = encode_given(leaf, scale, form)
         return tree_lib.replace(params, news)
@@ -193,34 +206,11 @@ def estimated_bits(params: Params, state: State) -> dict[str, Float[Array, ""]]:
         raise ValueError("no leaf of this state was trained by rate_distortion: pass its own state")
     shapes = {p: jax.ShapeDtypeStruct(formats[p][0], jnp.float32) for p in found}
     leaves = tree_lib.take_like(params, shapes)
-    return {path: _bits(leaves[path], found[path], formats[path][1]) for path in found}
-
-
-def step_of(log_step: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Step sizes: powers of two, and straight lines between them.
-
-    Args:
-        log_step: as learned.
-
-    Returns:
-        ``2**floor(x) * (1 + x - floor(x))``, exact but for one rounding.
-
-    Example:
-        >>> step_of(jnp.array([-1.0, 0.5, 1.0]))
-        Array([0.5, 1.5, 2. ], dtype=float32)
-        >>> jax.grad(step_of)(1.5)
-        Array(2., dtype=float32, weak_type=True)
-    """
-    whole = jax.lax.stop_gradient(jnp.clip(jnp.floor(log_step), -126, 126))
-    # A float's bits are its exponent and what is behind 1: no platform's exp has a say.
-    power = jax.lax.bitcast_convert_type((whole.astype(jnp.int32) + 127) << 23, jnp.float32)
-    return power * (1 + (log_step - whole))
-
-
-def _log_step(step: Array) -> Array:
-    """Undo :func:`step_of`."""
-    fraction, exponent = jnp.frexp(step)
-    return (exponent - 1).astype(jnp.float32) + (2 * fraction - 1)
+    bits = {}
+    for path, learned in found.items():
+        _, form, buffers = formats[path]
+        bits[path] = leaf_bits(_settled(path, leaves[path], buffers), learned, form)
+    return bits
 
 
 # Outside `jit` one program, instead of one for every operation on every shape.
@@ -228,74 +218,7 @@ def _log_step(step: Array) -> Array:
 def _learn(
     leaves: dict[str, Any], formats: tuple[tuple[str, Format], ...], step: float | None
 ) -> dict[str, Coded]:
-    return {path: _begin(leaves[path], format, step) for path, format in formats}
-
-
-def _begin(leaf: Array, format: Format, step: float | None) -> Coded:
-    def size(leaf: Array) -> Array:
-        wide = jax.lax.stop_gradient(leaf).astype(jnp.float32)
-        shape = jax.eval_shape(lambda x: find_scales(x, format).scale, wide).shape
-        spread = lambda field: spread_scales(Scales(field), wide.shape, format).scale
-        (total,) = jax.linear_transpose(spread, jnp.zeros(shape))(wide * wide)
-        mean = jnp.sqrt(total / (wide.size // math.prod(shape)))
-        given = jnp.full(shape, _STEP_OF_ZEROS if step is None else step, jnp.float32)
-        return _log_step(given if step is not None else jnp.where(mean > 0, mean / 2, given))
-
-    return Coded(automatic(size)(leaf), initial_density(leaf.shape, format.code_range[1]))
-
-
-def _seen(leaf: Array, learned: Coded, format: Format, price: Array) -> Array:
-    """The rounded weights, whose backward pass adds what the bits cost."""
-    stopped = jax.lax.stop_gradient((leaf, learned))
-    out = (spec_like(leaf, leaf.shape), PartitionSpec(), PartitionSpec())
-    costs = automatic(functools.partial(_costs, format), out=out)(*stopped, price)
-    leaf, step = _charge(leaf, step_of(learned.log_step), learned.density, costs)
-    return fake_quant_learned(leaf, step, format)
-
-
-def _costs(format: Format, leaf: Array, learned: Coded, price: Array) -> tuple[Any, Any, Any]:
-    """The gradients of what the bits cost: to weights, steps and density."""
-    step = used_step(step_of(learned.log_step), format, jnp.float32)
-    wide = leaf.astype(jnp.float32)
-    total = lambda leaf, step, density: jnp.sum(_leaf_bits(leaf, step, density, format))
-    weights, steps, density = jax.grad(total, argnums=(0, 1, 2))(wide, step, learned.density)
-    prior = jax.grad(prior_bits)(learned.density)
-    # As fake_quant_learned scales the gradient of the loss, so that both stay of one kind.
-    factor = 1 / math.sqrt(leaf.size // step.size * format.code_range[1])
-    mean = jax.tree.map(lambda a, b: (a + b) / leaf.size, density, prior)
-    return (price * weights).astype(leaf.dtype), price * factor * steps, mean
-
-
-@jax.custom_vjp
-def _charge(leaf: Array, step: Array, density: CodeDensity, costs: Any) -> tuple[Array, Array]:
-    """Leaf and step, whose backward pass adds gradients of costs that the loss never sees."""
-    del density, costs
-    return leaf, step
-
-
-def _charge_back(costs: Any, cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
-    leaf, step = cotangents
-    return leaf + costs[0], step + costs[1], costs[2], None
-
-
-_charge.defvjp(
-    lambda leaf, step, density, costs: (_charge(leaf, step, density, costs), costs), _charge_back
-)
-
-
-def _leaf_bits(leaf: Array, step: Array, density: CodeDensity, format: Format) -> Array:
-    spread = spread_scales(Scales(step), leaf.shape, format).scale
-    return code_bits(leaf.astype(jnp.float32) / spread, density)
-
-
-# Outside `jit` one program, instead of one for every operation on every shape.
-@functools.partial(jax.jit, static_argnums=2)
-def _bits(leaf: Array, learned: Coded, format: Format) -> Array:
-    def bits(leaf: Array, learned: Coded) -> Array:
-        step = used_step(step_of(learned.log_step), format, jnp.float32)
-        return jnp.sum(_leaf_bits(leaf, step, learned.density, format))
-
-    return automatic(bits)(leaf, learned)
+    return {path: begin_coded(leaves[path], format, step) for path, format in formats}
 
 
 def _leaves(params: Params, state: State) -> dict[str, tuple[Any, Format]]:
@@ -306,11 +229,17 @@ def _leaves(params: Params, state: State) -> dict[str, tuple[Any, Format]]:
     return {path: (found[path], format) for path, _, format in told}
 
 
-def _told(buffers: Any) -> dict[str, tuple[tuple[int, ...], Format]]:
-    """Shape and format of each leaf, from the buffers of this method or of one around it."""
+def _settled(path: str, leaf: Array, buffers: RateBuffers) -> Array:
+    if buffers.settle is None:
+        return leaf
+    return shrink(leaf, buffers.second_order[path], buffers.step >= buffers.settle)
+
+
+def _told(buffers: Any) -> dict[str, tuple[tuple[int, ...], Format, RateBuffers]]:
+    """Shape, format and buffers of each leaf, of this method or of one around it."""
     ours = lambda node: isinstance(node, RateBuffers)
     nodes = [node for node in jax.tree.leaves(buffers, is_leaf=ours) if ours(node)]
-    return {path: (shape, format) for node in nodes for path, shape, format in node.leaves}
+    return {path: (shape, form, node) for node in nodes for path, shape, form in node.leaves}
 
 
 def _price(penalty: Any) -> Callable[[Any], Any]:
@@ -321,6 +250,12 @@ def _price(penalty: Any) -> Callable[[Any], Any]:
     if not (math.isfinite(penalty) and penalty >= 0):
         raise ValueError(f"penalty must be finite and not negative, such as 1e-6, not {penalty}")
     return lambda step: penalty
+
+
+def _check_settling(begin: int, settle: Any, examples: Any) -> None:
+    check_count("examples", examples)
+    if settle is not None:
+        check_count("settle", settle, begin + 1)
 
 
 def check_signed(format: Any) -> None:
