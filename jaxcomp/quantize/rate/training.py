@@ -38,7 +38,7 @@ class RateBuffers:
     """
 
     step: Any
-    second_order: dict[str, Any]
+    second_order: Any
     settle: int | None = struct.field(pytree_node=False)
     leaves: tuple[tuple[str, tuple[int, ...], Format], ...] = struct.field(pytree_node=False)
 
