@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import jaxcomp
+from jaxcomp.quantize import Format, PerTensor, encode
 from jaxcomp.quantize.rate.density import CodeDensity, code_bits, fitted_density, initial_density
 
 RNG = np.random.default_rng(0)
@@ -74,3 +76,18 @@ def test_fits_what_is_empty_or_all_the_same():
         density = fitted_density(codes, HIGH)
         assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(density))
         assert density.more.shape == initial_density(codes.shape, HIGH).more.shape
+
+
+def test_the_file_takes_about_these_bits(tmp_path):
+    busy = RNG.random((200, 1)) * RNG.random((1, 100)) < 0.1
+    codes = np.round(RNG.laplace(size=(200, 100))) * busy
+    codes = np.clip(codes, -HIGH, HIGH)
+    codes[0, 0] = HIGH
+    bits = code_bits(jnp.asarray(codes, jnp.float32), fitted_density(codes.astype(int), HIGH))
+    format = Format(3, granularity=PerTensor())
+    leaf = encode(jnp.asarray(codes, jnp.float32), format)
+    np.testing.assert_array_equal(leaf.decode(), codes)
+    jaxcomp.save(tmp_path / "codes.jxc", [leaf])
+    size = (tmp_path / "codes.jxc").stat().st_size
+    # The container comes to it, and what the coder pays to learn 300 logits.
+    assert 0.95 * float(bits.sum()) < 8 * size < 1.1 * float(bits.sum()) + 8 * 300
