@@ -18,6 +18,9 @@ from jaxcomp.arrays import (
     CodebookArray,
     CompressedArray,
     GridArray,
+    HashedArray,
+    LowRankArray,
+    LowRankSumArray,
     NMSparseArray,
     Parts,
     QuantizedArray,
@@ -25,6 +28,7 @@ from jaxcomp.arrays import (
     RotatedArray,
     SparseArray,
     Symbols,
+    VectorCodebookArray,
 )
 from jaxcomp.checkpoint import CheckpointError, container, load, loading, raw, save
 from jaxcomp.checkpoint.manifest import dumps, loads
@@ -75,6 +79,29 @@ def rescaled(rng: np.random.Generator, shape=(6, 5)) -> RescaledArray:
 
 def rotated(rng: np.random.Generator, shape=(4, 5)) -> RotatedArray:
     return RotatedArray(quantized(rng, shape), None, (-1,), "float32")
+
+
+def low_rank(rng: np.random.Generator, shape=(6, 5)) -> LowRankArray:
+    sizes = ((*shape[:-1], 2), (*shape[:-2], 2, shape[-1]))
+    factors = [jnp.asarray(rng.normal(size=size).astype(np.float32)) for size in sizes]
+    return LowRankArray.from_factors(factors, "ar,rb->ab", "float32")
+
+
+def low_rank_sum(rng: np.random.Generator, shape=(6, 5)) -> LowRankSumArray:
+    return LowRankSumArray(low_rank(rng, shape), quantized(rng, shape), "float32")
+
+
+def vectors(rng: np.random.Generator, shape=(6, 4), clusters=5) -> VectorCodebookArray:
+    indices = rng.integers(0, clusters, (*shape[:-2], 1, shape[-2] // 2, shape[-1]))
+    book = rng.normal(size=(*shape[:-2], 1, 1, clusters, 2)).astype(np.float32)
+    return VectorCodebookArray.from_indices(
+        jnp.asarray(indices, jnp.uint8), jnp.asarray(book), ((2, -2),), "float32"
+    )
+
+
+def hashed(rng: np.random.Generator, shape=(6, 5), buckets=3) -> HashedArray:
+    values = rng.normal(size=(*shape[:-2], buckets)).astype(np.float32)
+    return HashedArray.from_buckets(jnp.asarray(values), shape[-2:], 7, "float32")
 
 
 def codebook(rng: np.random.Generator, shape=(6, 5), clusters=5, dtype="float32") -> CodebookArray:
@@ -153,6 +180,14 @@ def _leaf(recipe: Recipe) -> Any:
         return rescaled(rng, (*shape, 3))
     if recipe.kind == "rotated":
         return rotated(rng, (*shape, 4))
+    if recipe.kind == "low_rank":
+        return low_rank(rng, (*shape, 4, 3))
+    if recipe.kind == "low_rank_sum":
+        return low_rank_sum(rng, (*shape, 4, 3))
+    if recipe.kind == "vector_codebook":
+        return vectors(rng, (*shape, 4, 3), recipe.bits)
+    if recipe.kind == "hashed":
+        return hashed(rng, (*shape, 4, 3))
     if recipe.kind == "block_sparse":
         return block_sparse(rng, (*shape, 3), (recipe.bits,) if recipe.on_device else (1,))
     array = random_bits(rng, recipe.dtype, shape)
@@ -170,6 +205,10 @@ KINDS = (
     "block_sparse",
     "rescaled",
     "rotated",
+    "low_rank",
+    "low_rank_sum",
+    "vector_codebook",
+    "hashed",
 )
 
 
@@ -305,6 +344,8 @@ def sample(tmp_path) -> bytes:
         "c": [codebook(rng, (5, 4), 3), (sparse(rng, (6, 6)), None)],
         "n": [nm_sparse(rng, (4, 3)), block_sparse(rng, (2, 3), (1, 2))],
         "w": [grid(rng, (1, 3)), rescaled(rng, (2, 3)), rotated(rng, (1, 4))],
+        "s": [low_rank(rng, (1, 2)), low_rank_sum(rng, (2, 1))],
+        "v": [vectors(rng, (2, 3), 2), hashed(rng, (2, 2))],
         "b": jnp.arange(3, dtype=jnp.bfloat16),
         "flags": np.array([True, False]),
         "big": np.arange(12, dtype=np.int16),

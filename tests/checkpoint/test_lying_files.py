@@ -267,7 +267,7 @@ def test_manifests_that_are_none(tmp_path, text, message):
 
 def test_a_manifest_that_is_not_ascii(tmp_path, monkeypatch):
     monkeypatch.setattr(container, "MANIFEST_LIMIT", 1 << 30)
-    packer = zlib.compressobj(9, zlib.DEFLATED, -15, zdict=container.DICTIONARY)
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15, zdict=container.DICTIONARY_1)
     for text, message in (
         ('{"tree":"é"}'.encode(), "not ASCII"),
         ('{"tree":1}'.encode("utf-16"), "not ASCII"),
