@@ -32,7 +32,7 @@ def fit_vectors(
     clusters: int,
     *,
     key: Any,
-    importance: Float[Array, "*batch n d"] | None = None,
+    importance: Any = None,
     iterations: int = 25,
     init: str | None = None,
     start: Float[Array, "*batch clusters d"] | None = None,
