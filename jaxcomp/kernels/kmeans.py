@@ -4,7 +4,9 @@ Lloyd's algorithm runs on sorted, weighted points that stand for the values: a s
 differences of a few prefix sums, whatever the size of the tensor.
 """
 
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, UInt
 
+from jaxcomp.kernels.kmeans_starts import STARTS
+from jaxcomp.kernels.optimal_kmeans import MOST_CLUSTERS
 from jaxcomp.kernels.weighted_points import (
     TOP,
     WeightedPoints,
@@ -26,25 +30,38 @@ from jaxcomp.sharding import automatic, explicit_axes
 
 
 def fit_codebook(
-    x: Float[Array, "..."], clusters: int, *, iterations: int = 50, pin_zero: bool = True
+    x: Float[Array, "..."] | Sequence[Float[Array, "..."]],
+    clusters: int,
+    *,
+    iterations: int = 50,
+    pin_zero: bool = True,
+    start: str | None = None,
+    importance: Any = None,
+    key: Any = None,
 ) -> Float32[Array, " clusters"]:
-    """Centroids of one-dimensional k-means over all elements of an array.
+    """Centroids of one-dimensional k-means over all elements of an array, or of several.
 
-    Lloyd's algorithm on :func:`jaxcomp.kernels.weighted_points.weighted_points` (exact up to 16,384
-    weights, then at most 65,536 bins that follow the values), started from centroids at equal mass
-    of density^(1/3) (companding). After each step the two neighbours cheapest to merge give a
-    centroid to the cluster that gains most from a second one, if that pays.
+    The optimum by dynamic programming, or Lloyd's algorithm from another start, on
+    :func:`jaxcomp.kernels.weighted_points.weighted_points` (exact up to 16,384 weights, then at
+    most 65,536 bins that follow the values). After each step of Lloyd's the two neighbours cheapest
+    to merge give a centroid to the cluster that gains most from a second one, if that pays.
 
     Args:
-        x: weights, any floating dtype and shape; computed in float32. May be sharded: counts are
-            summed over shards, and above 16,384 weights nothing is gathered. No gradient flows
-            through the fit.
+        x: weights, any floating dtype and shape, or several such arrays that share the codebook;
+            computed in float32. May be sharded: counts are summed over shards, and above 16,384
+            weights nothing is gathered. No gradient flows through the fit.
         clusters: number of codebook entries K, 1 to 65,536; static.
-        iterations: Lloyd steps; static.
+        iterations: Lloyd steps, at most; static. After ``"optimal"`` ten settle it.
         pin_zero: if ``x`` holds exact zeros (pruned weights), leave them out of the fit and give
             them entry 0, exactly 0.0; the other K - 1 entries are fitted to the non-zero weights.
             Without a zero in ``x`` all K entries are fitted, and entry 0 is never exactly 0.0, so
             that a leading 0.0 always means a pinned zero.
+        start: ``"optimal"`` (up to 256 clusters), ``"companded"`` (equal mass of density^(1/3)),
+            ``"linear"``, ``"density"`` or ``"k-means++"``; None for the optimum where it is found
+            and companding beyond; static.
+        importance: what an error of each weight costs, from 0 on, in the shapes of ``x``; None for
+            1 each. See :func:`jaxcomp.kernels.weighted_points.weighted_points`.
+        key: for ``"k-means++"``, which draws; else None.
 
     Returns:
         The codebook: entries in ascending order (from entry 1 on, if zero is pinned). Entries
@@ -53,8 +70,11 @@ def fit_codebook(
         NaN or infinite element. Entries below the normal float32 numbers may be flushed to zero.
 
     Raises:
-        ValueError: if ``clusters`` is out of range or above the number of weights, ``iterations``
-            is negative, or ``x`` has 2^31 elements or more.
+        TypeError: ``key`` is missing where one is needed.
+        ValueError: ``clusters`` is out of range or above the number of weights, ``iterations``
+            is negative, ``start`` is unknown or not for so many clusters, ``key`` is given to a
+            start that draws nothing, ``importance`` has other shapes, or ``x`` has 2^31 elements or
+            more.
 
     Example:
         >>> x = jnp.array([0.0, 0.0, -1.1, -0.9, 2.0, 4.0])
@@ -64,19 +84,55 @@ def fit_codebook(
         Array([-0.5,  2. ,  4. ], dtype=float32)
 
     Source: Lloyd, "Least squares quantization in PCM", 1982; Panter and Dite, "Quantization
-    distortion in pulse-count modulation with nonuniform spacing of levels", 1951.
+    distortion in pulse-count modulation with nonuniform spacing of levels", 1951; of the optimum,
+    :mod:`jaxcomp.kernels.optimal_kmeans`.
     """
+    arrays = tuple(x) if isinstance(x, Sequence) else (x,)
+    size = sum(array.size for array in arrays)
     if not 1 <= clusters <= 1 << 16:
         raise ValueError(f"clusters={clusters}: a codebook has 1 to 65536 entries")
-    if clusters > x.size:
+    if clusters > size:
         raise ValueError(
-            f"clusters={clusters} is more than the {x.size} weights of x (shape {x.shape}): "
+            f"clusters={clusters} is more than the {size} weights of x (shape "
+            f"{', '.join(str(array.shape) for array in arrays)}): "
             f"ask for fewer clusters, or fit one codebook to several arrays"
         )
     if iterations < 0:
         raise ValueError(f"iterations={iterations}: must be 0 or more")
-    points = weighted_points(x, keep_zeros=not pin_zero)
-    return _fit(points, _bounds(x, pin_zero), clusters, iterations, pin_zero)
+    start = check_start(start, clusters, key)
+    if importance is not None:
+        importance = tuple(importance) if isinstance(importance, Sequence) else (importance,)
+    points = weighted_points(arrays, keep_zeros=not pin_zero, importance=importance)
+    if start == "optimal":
+        iterations = min(iterations, 10)
+    return _fit(points, _bounds(arrays, pin_zero), key, clusters, iterations, pin_zero, start)
+
+
+def check_start(start: str | None, clusters: int, key: Any = None) -> str:
+    """The name of a start, chosen by the number of clusters if it is None; see `fit_codebook`.
+
+    Raises:
+        TypeError: a key is needed and not given.
+        ValueError: there is no such start, not for so many clusters, or it needs no key.
+
+    Example:
+        >>> check_start(None, 16), check_start(None, 1000)
+        ('optimal', 'companded')
+    """
+    if start is None:
+        start = "optimal" if clusters <= MOST_CLUSTERS else "companded"
+    if start not in STARTS:
+        raise ValueError(f"start must be one of {', '.join(STARTS)}, not {start!r:.60}")
+    if start == "optimal" and clusters > MOST_CLUSTERS:
+        raise ValueError(
+            f"start='optimal' is for up to {MOST_CLUSTERS} clusters, not {clusters}: "
+            "use 'companded'"
+        )
+    if start == "k-means++" and key is None:
+        raise TypeError("start='k-means++' draws: give it a key, such as jax.random.key(0)")
+    if start != "k-means++" and key is not None:
+        raise ValueError(f"start='{start}' draws nothing: leave key out, or use 'k-means++'")
+    return start
 
 
 def nearest(
@@ -114,28 +170,38 @@ def nearest(
 
 
 @partial(jax.jit, static_argnames="pin_zero")
-def _bounds(x: Array, pin_zero: bool) -> tuple[Array, Array]:
+def _bounds(arrays: tuple[Array, ...], pin_zero: bool) -> tuple[Array, Array]:
     """The least and the greatest weight that entries are fitted to."""
-    x = x.astype(jnp.float32)
-    fitted = (x != 0) if pin_zero else jnp.ones_like(x, bool)
-    low = jnp.min(x, initial=jnp.inf, where=fitted)
-    return low, jnp.max(x, initial=-jnp.inf, where=fitted)
+
+    def bounds(*arrays: Array) -> tuple[Array, Array]:
+        low, high = jnp.float32(jnp.inf), jnp.float32(-jnp.inf)
+        for x in arrays:
+            x = x.astype(jnp.float32)
+            fitted = (x != 0) if pin_zero else jnp.ones_like(x, bool)
+            low = jnp.minimum(low, jnp.min(x, initial=jnp.inf, where=fitted))
+            high = jnp.maximum(high, jnp.max(x, initial=-jnp.inf, where=fitted))
+        return low, high
+
+    return automatic(bounds)(*arrays)
 
 
-@partial(jax.jit, static_argnames=("clusters", "iterations", "pin_zero"))
+@partial(jax.jit, static_argnames=("clusters", "iterations", "pin_zero", "start"))
 def _fit(
     points: WeightedPoints,
     bounds: tuple[Array, Array],
+    key: Any,
     clusters: int,
     iterations: int,
     pin_zero: bool,
+    start: str,
 ) -> Array:
     pinned = (points.zeros > 0) & pin_zero
     active = clusters - pinned.astype(jnp.int32)
-    centroids = _companded_start(points, clusters, active)
+    centroids = STARTS[start](points, clusters, active, key)
 
     def step(i: Array, centroids: Array) -> Array:
-        bold = (i % 5 == 4) & (i < 2 * iterations // 3)
+        # The optimum has nothing to gain from moves that do not pay at once.
+        bold = (i % 5 == 4) & (i < 2 * iterations // 3) & (start != "optimal")
         return _step(points, centroids, jnp.where(bold, 0.5, 1.0001))
 
     centroids = lax.fori_loop(0, iterations, step, centroids)
@@ -152,22 +218,6 @@ def _fit(
         unpinned = jnp.where(centroids[0] == 0, above, centroids)
         centroids = jnp.where(pinned, jnp.roll(centroids, 1).at[0].set(0.0), unpinned)
     return jnp.where(points.exponent < 0xFF, centroids, jnp.nan)
-
-
-def _companded_start(points: WeightedPoints, clusters: int, active: Array) -> Array:
-    """Centroids at equal mass of density^(1/3); from ``active`` on they are inf and stay empty."""
-    values, entry = points.values, np.arange(clusters, dtype=np.int32)
-    pair = (points.counts_before[2:] - points.counts_before[:-2]).astype(jnp.float32)
-    gap = values[1:] - values[:-1]
-    mass = jnp.where(jnp.isfinite(gap), jnp.cbrt(gap * gap * pair), 0.0)
-    # A gap holds no weights, so however wide, it needs no more than one centroid.
-    for _ in range(2):
-        mass = jnp.minimum(mass, mass.sum() / active)
-    mass = running(jnp.add, mass)
-    place = jnp.searchsorted(mass, (entry + np.float32(0.5)) / active * mass[-1])
-    # With no more distinct values than centroids each value is its own.
-    place = jnp.where(points.distinct <= active, entry, place)
-    return jnp.where(entry < active, values[jnp.minimum(place, points.distinct - 1)], jnp.inf)
 
 
 def _step(points: WeightedPoints, centroids: Array, margin: Array) -> Array:

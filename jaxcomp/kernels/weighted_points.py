@@ -7,7 +7,7 @@ sums of positions. Integers add up exactly: the points depend neither on the ord
 nor on their sharding, and no sum drifts. Small arrays are sorted instead, which loses nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ TOP = 30
 _SORTED = 1 << 14  # Up to this many weights are sorted; more are counted,
 _LOW = 17  # in coarse bins that ignore this many trailing bits, and in twice as many fine ones.
 _IN_BOUNDS = "promise_in_bounds"
+_SHARES = 30  # Importance is counted in parts of 2^-30 of its sum.
 
 
 class WeightedPoints(NamedTuple):
@@ -33,7 +34,8 @@ class WeightedPoints(NamedTuple):
         values: times 2^(157 - exponent), so that the largest lies in [2^30, 2^31); padded with inf.
             What is 2^156 times smaller than the largest is 0 in here.
         distinct: how many there are before the padding.
-        counts_before: the number of weights before point i, up to ``counts_before[distinct]``.
+        counts_before: the number of weights before point i, up to ``counts_before[distinct]``; of
+            importance, where that is given, about 2^30 in all.
         sum_before: the sum of these weights, scaled as the values.
         sum_before_low: what float32 left out of ``sum_before``: with it a difference of two sums
             keeps the digits that a small cluster needs.
@@ -51,19 +53,28 @@ class WeightedPoints(NamedTuple):
 
 
 def weighted_points(
-    x: Float[Array, "..."], *, keep_zeros: bool = True, drop: int | None = None
+    x: Float[Array, "..."] | Sequence[Float[Array, "..."]],
+    *,
+    keep_zeros: bool = True,
+    drop: int | None = None,
+    importance: Any = None,
 ) -> WeightedPoints:
-    """Reduce an array to its distinct values, or to the means of bins that follow its values.
+    """Reduce arrays to their distinct values, or to the means of bins that follow their values.
 
     Up to 2^14 elements the points are the distinct values; above, the means of at most 2^16 bins
     whose width is a small part of the distance between neighbours of any good codebook.
 
     Args:
-        x: weights, any floating dtype and shape; read as float32. May be sharded: counts are
-            summed over shards, and above 2^14 elements nothing is gathered.
+        x: weights, any floating dtype and shape, or several such arrays that are taken together;
+            read as float32. May be sharded: counts are summed over shards, and above 2^14 elements
+            nothing is gathered.
         keep_zeros: whether exact zeros are a point like others or left out; static.
         drop: positions within a bin are summed as int32, in units of 2^drop floats; None chooses
             the finest that cannot overflow: 0 up to 2^26 elements.
+        importance: what each weight counts, in the shapes of ``x``, from 0 on; None for 1 each.
+            Only ratios matter. A point that is worth anything is worth 2^-30 of all, and weights
+            worth nothing make no point, unless all are worth nothing: then all count alike. The
+            mean of a bin stays that of its weights, as bins are narrow.
 
     Returns:
         The points.
@@ -78,33 +89,89 @@ def weighted_points(
         >>> points.counts_before[: points.distinct + 1]
         Array([0, 1, 3], dtype=int32)
     """
-    if not 0 < x.size < 1 << 31:
-        raise ValueError(f"x has {x.size} elements (shape {x.shape}): pass blocks of 1 to 2^31 - 1")
+    arrays = tuple(x) if isinstance(x, Sequence) else (x,)
+    size = sum(array.size for array in arrays)
+    if not 0 < size < 1 << 31:
+        shape = arrays[0].shape if len(arrays) == 1 else f"of {len(arrays)} arrays"
+        raise ValueError(f"x has {size} elements (shape {shape}): pass blocks of 1 to 2^31 - 1")
+    shares = None
+    if importance is not None:
+        shares = tuple(importance) if isinstance(importance, Sequence) else (importance,)
+        if [share.shape for share in shares] != [array.shape for array in arrays]:
+            raise ValueError(
+                f"importance of shapes {[share.shape for share in shares]} does not fit weights of "
+                f"{[array.shape for array in arrays]}: give one number a weight"
+            )
+        shares = _scaled(shares)
     # The parts are compiled apart, so that a new shape costs only those that read the array.
-    if x.size <= _SORTED:
-        return _sorted_points(_padded_keys(x), x.size, keep_zeros)
+    if size <= _SORTED:
+        units = None if shares is None else _padded_units(shares)
+        return _sorted_points(_padded_keys(arrays), units, size, keep_zeros)
     # A coarse bin's share of the bins bounds the sums of positions by 8 times the size.
-    drop = max(0, (8 * x.size).bit_length() - 30) if drop is None else drop
-    coarse = _count_coarse(x)
+    drop = max(0, (8 * size).bit_length() - 30) if drop is None else drop
+    coarse = _added([_count_coarse(array) for array in arrays])
     table = _split(coarse)
-    return _binned_points(coarse, table, *_count_fine(x, table, drop), x.size, keep_zeros)
+    fine = _added([_count_fine(array, table, drop) for array in arrays])
+    units = None
+    if shares is not None:
+        # The bits below the unit are summed apart, as many as cannot overflow.
+        bits = 31 - size.bit_length()
+        pairs = zip(arrays, shares, strict=True)
+        units = _units(*_added([_count_shares(a, b, table, bits) for a, b in pairs]), bits)
+    return _binned_points(coarse, table, *fine, units, size, keep_zeros)
+
+
+def _added(counts: list[Any]) -> Any:
+    return jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *counts)
 
 
 @jax.jit
-def _padded_keys(x: Array) -> Array:
+def _scaled(importance: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Importance with a sum of 2^30; all alike if there is none."""
+
+    def most(*parts: Array) -> Array:
+        return jnp.stack([jnp.max(part, initial=0.0) for part in parts]).max()
+
+    def total(*parts: Array) -> Array:
+        return jnp.stack([jnp.sum(part) for part in parts]).sum()
+
+    wide = [jnp.maximum(part.astype(jnp.float32), 0.0) for part in importance]
+    largest = automatic(most)(*wide)
+    wide = [jnp.where(largest > 0, part / largest, 1.0) for part in wide]
+    factor = (1 << _SHARES) / automatic(total)(*wide)
+    return tuple(part * factor for part in wide)
+
+
+@jax.jit
+def _padded_keys(arrays: tuple[Array, ...]) -> Array:
     """Keys in the order of the values, in one of few lengths."""
-    size = max(512, 1 << (x.size - 1).bit_length())
-    fill = jnp.iinfo(jnp.int32).max
-    pad = lambda x: jnp.pad(ordered(x).ravel(), (0, size - x.size), constant_values=fill)
-    return automatic(pad)(x)
+    return automatic(lambda *x: _padded([ordered(a) for a in x], jnp.iinfo(jnp.int32).max))(*arrays)
+
+
+@jax.jit
+def _padded_units(shares: tuple[Array, ...]) -> Array:
+    """Whole units of importance, at least one where there is any."""
+    return automatic(lambda *x: _padded([jnp.ceil(a).astype(jnp.int32) for a in x], 0))(*shares)
+
+
+def _padded(arrays: list[Array], fill: int) -> Array:
+    size = sum(array.size for array in arrays)
+    flat = jnp.concatenate([array.ravel() for array in arrays])
+    padding = max(512, 1 << (size - 1).bit_length()) - size
+    return jnp.pad(flat, (0, padding), constant_values=fill)
 
 
 @partial(jax.jit, static_argnames=("keep_zeros",))
-def _sorted_points(key: Array, size: Array | int, keep_zeros: bool) -> WeightedPoints:
-    """A point for the last of each run of equal keys."""
-    key = jnp.sort(key)
+def _sorted_points(
+    key: Array, units: Array | None, size: Array | int, keep_zeros: bool
+) -> WeightedPoints:
+    """A point for the last of each run of equal keys, which is worth most of them."""
+    if units is None:
+        key, worth = jnp.sort(key), 1
+    else:
+        key, worth = lax.sort((key, units), num_keys=2)
     inside = jnp.arange(key.shape[0]) < size
-    counts = (inside & ((key != 0) | keep_zeros)).astype(jnp.int32)
+    counts = (inside & ((key != 0) | keep_zeros)).astype(jnp.int32) * worth
     last = jnp.append((key[1:] != key[:-1]) | ~inside[1:], True)
     zeros = jnp.sum(inside & (key == 0), dtype=jnp.int32)
     return _condensed(key, jnp.zeros_like(key, jnp.float32), counts, last & (counts > 0), zeros)
@@ -141,6 +208,33 @@ def _count_fine(x: Array, table: Array, drop: int) -> tuple[Array, Array]:
     return automatic(count)(x, table)
 
 
+@partial(jax.jit, static_argnames=("bits",))
+def _count_shares(x: Array, share: Array, table: Array, bits: int) -> tuple[Array, ...]:
+    """The importance in each bin, in units and 2^-bits of them, and that of zero; exact sums."""
+
+    def count(x: Array, share: Array, table: Array) -> tuple[Array, ...]:
+        key = ordered(x)
+        entry = table.at[cell(key, _LOW)].get(mode=_IN_BOUNDS)
+        index = (entry >> 5) + ((key & ((1 << _LOW) - 1)) >> (entry & 31))
+        whole = jnp.floor(share)
+        parts = whole.astype(jnp.int32), jnp.ceil((share - whole) * (1 << bits)).astype(jnp.int32)
+        bins = jnp.zeros(2 * table.shape[0], jnp.int32)
+        nonzero = (key != 0).astype(jnp.int32)
+        sums = [bins.at[index].add(part * nonzero, mode=_IN_BOUNDS) for part in parts]
+        return *sums, *(jnp.sum(part * (1 - nonzero), dtype=jnp.int32) for part in parts)
+
+    return automatic(count)(x, share, table)
+
+
+@partial(jax.jit, static_argnames=("bits",))
+def _units(
+    whole: Array, rest: Array, zero_whole: Array, zero_rest: Array, bits: int
+) -> tuple[Array, Array]:
+    """Whole units of importance in each bin and of zero, at least one where there is any."""
+    round_up = lambda rest: (rest >> bits) + ((rest & ((1 << bits) - 1)) > 0)
+    return whole + round_up(rest), zero_whole + round_up(zero_rest)
+
+
 @jax.jit
 def _split(coarse: Array) -> Array:
     """Place the pieces of coarse bins: 32 times the first piece plus the bits within one."""
@@ -166,6 +260,7 @@ def _binned_points(
     table: Array,
     counts: Array,
     positions: Array,
+    units: tuple[Array, Array] | None,
     size: Array | int,
     keep_zeros: bool,
 ) -> WeightedPoints:
@@ -179,7 +274,8 @@ def _binned_points(
     centre = keys[owner] + (piece << shift) + ((1 << shift) >> 1)
     zeros, zero_bin = size - coarse.sum(dtype=jnp.int32), (table[keys.size // 2] >> 5) - 1
     mean = positions / jnp.maximum(counts, 1).astype(jnp.float32)
-    counts = counts.at[zero_bin].set(zeros if keep_zeros else 0)
+    counts, zero_count = (counts, zeros) if units is None else units
+    counts = counts.at[zero_bin].set(zero_count if keep_zeros else 0)
     centre = centre.at[zero_bin].set(0)
     return _condensed(centre, mean, counts, counts > 0, zeros)
 
