@@ -16,6 +16,7 @@ from jaxcomp.arrays.parts import (
     check_names,
     read_dtype,
     read_floats,
+    read_int,
     read_symbols,
     to_device,
 )
@@ -35,23 +36,42 @@ def index_bits(clusters: int) -> int:
 
 
 def lookup(
-    codebook: Float[Array, "*batch clusters"], indices: UInt[Array, " *batch_and_dims"]
-) -> Float[Array, " *batch_and_dims"]:
+    codebook: Float[Array, "..."], indices: UInt[Array, "..."], axis: int | None = None
+) -> Float[Array, "..."]:
     """``codebook[indices]``, where leading axes of the codebook are those of the indices.
 
+    Args:
+        codebook: shape ``(*batch, clusters)``, or with ``axis`` ``(*batch, groups, clusters)``.
+        indices: integers below ``clusters``, shape ``(*batch, *dims)``.
+        axis: negative; its equal parts look into one codebook each. None for one codebook.
+
+    Returns:
+        Values in the shape and sharding of ``indices``.
+
     Example:
-        >>> lookup(jnp.array([0.0, 0.5]), jnp.array([[1, 0]], jnp.uint8))
+        >>> indices = jnp.array([[1, 0]], jnp.uint8)
+        >>> lookup(jnp.array([0.0, 0.5]), indices)
         Array([[0.5, 0. ]], dtype=float32)
+        >>> lookup(jnp.array([[0.0, 0.5], [7.0, 8.0]]), indices, axis=-1)
+        Array([[0.5, 7. ]], dtype=float32)
     """
-    return automatic(_lookup, out=spec_like(indices, indices.shape))(codebook, indices)
+    out = spec_like(indices, indices.shape)
+    return automatic(lambda book, index: _lookup(book, index, axis), out=out)(codebook, indices)
 
 
-def _lookup(codebook: jax.Array, indices: jax.Array) -> jax.Array:
+def _lookup(codebook: jax.Array, indices: jax.Array, axis: int | None) -> jax.Array:
+    # XLA's partitioner aborts the process on a sharded gather with narrow unsigned indices.
+    indices = indices.astype(jnp.int32)
+    if axis is not None:
+        # All codebooks of a batch entry end to end; a group looks into its own stretch.
+        groups, clusters = codebook.shape[-2:]
+        group = jnp.arange(indices.shape[axis]) // (indices.shape[axis] // groups)
+        indices += (group * clusters).reshape(-1, *(1,) * (-axis - 1))
+        codebook = codebook.reshape(*codebook.shape[:-2], groups * clusters)
     take = lambda book, index: jnp.take(book, index, axis=0, mode="clip")
     for _ in range(codebook.ndim - 1):
         take = jax.vmap(take)
-    # XLA's partitioner aborts the process on a sharded gather with narrow unsigned indices.
-    return take(codebook, indices.astype(jnp.int32))
+    return take(codebook, indices)
 
 
 @jax.tree_util.register_dataclass
@@ -59,20 +79,24 @@ def _lookup(codebook: jax.Array, indices: jax.Array) -> jax.Array:
 class CodebookArray(CompressedArray):
     """Every weight is one of ``clusters`` shared values (Han et al., 2016, Deep Compression).
 
-    Made by :func:`jaxcomp.share.kmeans`.
+    Made by :func:`jaxcomp.share.kmeans`. Channels may share a codebook in groups: with ``axis``,
+    equal parts of that axis, in order, have one each.
 
     Attributes:
         indices: ``uint8`` of shape ``(*shape[:-1], ceil(shape[-1] * bits / 8))``, packed at
             ``ceil(log2 clusters)`` bits.
-        codebook: centroids, shape ``(*batch, clusters)``; ``batch`` are stacked leading axes.
+        codebook: centroids, shape ``(*batch, clusters)``, or with ``axis`` ``(*batch, groups,
+            clusters)``; ``batch`` are stacked leading axes.
         length: size of the dense last axis.
         dense_dtype: dtype of the dense array.
+        axis: which axis, counted from the last (-1), is cut into groups; None for one codebook.
     """
 
     indices: Any
     codebook: Any
     length: int = dataclasses.field(metadata={"static": True})
     dense_dtype: Any = dataclasses.field(metadata={"static": True})
+    axis: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     def __post_init__(self) -> None:
         # One spelling of each dtype, or equal forms would be compiled twice.
@@ -81,29 +105,32 @@ class CodebookArray(CompressedArray):
     @classmethod
     def from_indices(
         cls,
-        indices: UInt[Array, " *batch_and_dims"],
-        codebook: Float[Array, "*batch clusters"],
+        indices: UInt[Array, "..."],
+        codebook: Float[Array, "..."],
         dtype: Any,
+        axis: int | None = None,
     ) -> "CodebookArray":
         """Pack unpacked indices beside their codebook.
 
         Args:
             indices: integers below ``clusters``, in the shape of the leaf.
-            codebook: centroids, shape ``(*batch, clusters)``.
+            codebook: centroids, shape ``(*batch, clusters)``, or with ``axis`` ``(*batch, groups,
+                clusters)``.
             dtype: dtype of the dense array.
+            axis: negative; its equal parts have a codebook each. None for one codebook.
 
         Raises:
-            ValueError: a scalar leaf, more than 65,536 clusters, or a codebook whose leading axes
-                are not those of the indices.
+            ValueError: a scalar leaf, more than 65,536 clusters, a codebook whose leading axes are
+                not those of the indices, or groups that do not divide the axis.
 
         Example:
             >>> CodebookArray.from_indices(jnp.array([1, 0], jnp.uint8), jnp.array([0.0, 0.5]),
             ...                            jnp.float32)
             CodebookArray(shape=(2,), dtype=float32, 2 shared values, 9 bytes)
         """
-        _check_shapes(indices.shape, codebook.shape)
+        _check_shapes(indices.shape, codebook.shape, axis)
         packed = pack_bits(indices, index_bits(codebook.shape[-1]))
-        return cls(packed, codebook, indices.shape[-1], dtype)
+        return cls(packed, codebook, indices.shape[-1], dtype, axis)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -126,14 +153,17 @@ class CodebookArray(CompressedArray):
 
     def form(self) -> str:
         """Such as ``16 shared values``."""
-        return f"{self.clusters} shared values"
+        if self.axis is None:
+            return f"{self.clusters} shared values"
+        return f"{self.clusters} shared values a group, {self.codebook.shape[-2]} groups"
 
     def to_parts(self) -> Parts:
         """Take the leaf apart; the indices go to the entropy coder."""
         bits = index_bits(self.clusters)
         indices = unpack_bits_host(np.asarray(self.indices), bits, self.length)
+        axis = {} if self.axis is None else {"axis": self.axis}
         return Parts(
-            {"dtype": self.dense_dtype.name},
+            {"dtype": self.dense_dtype.name, **axis},
             {"indices": Symbols(indices, self.clusters)},
             {"codebook": np.asarray(self.codebook)},
         )
@@ -141,25 +171,40 @@ class CodebookArray(CompressedArray):
     @classmethod
     def from_parts(cls, parts: Parts) -> "CodebookArray":
         """Put a leaf together again; raises ``ValueError`` for parts that do not fit."""
-        check_names(parts, static={"dtype"}, symbols={"indices"}, arrays={"codebook"})
+        # Leaves of one codebook have never had an axis in files.
+        grouped = isinstance(parts.static, dict) and "axis" in parts.static
+        static = {"dtype", "axis"} if grouped else {"dtype"}
+        check_names(parts, static=static, symbols={"indices"}, arrays={"codebook"})
         dtype, codebook = read_dtype(parts.static["dtype"]), read_floats(parts, "codebook")
         clusters = codebook.shape[-1] if codebook.ndim else 0
         indices = read_symbols(parts, "indices", clusters)
-        _check_shapes(indices.shape, codebook.shape)
+        axis = read_int(parts.static["axis"], "axis", -indices.ndim, -1) if grouped else None
+        _check_shapes(indices.shape, codebook.shape, axis)
         packed = pack_bits_host(indices, index_bits(clusters))
-        return cls(to_device(packed), to_device(codebook), indices.shape[-1], dtype)
+        return cls(to_device(packed), to_device(codebook), indices.shape[-1], dtype, axis)
 
 
 @jax.jit
 def _decode(leaf: CodebookArray) -> jax.Array:
     indices = unpack_bits(leaf.indices, index_bits(leaf.clusters), leaf.length)
-    return lookup(leaf.codebook, indices).astype(leaf.dense_dtype)
+    return lookup(leaf.codebook, indices, leaf.axis).astype(leaf.dense_dtype)
 
 
-def _check_shapes(indices: tuple[int, ...], codebook: tuple[int, ...]) -> None:
+def _check_shapes(indices: tuple[int, ...], codebook: tuple[int, ...], axis: int | None) -> None:
     if not codebook or not 1 <= codebook[-1] <= MAX_CLUSTERS:
         raise ValueError(f"a codebook holds 1 to {MAX_CLUSTERS} values, not shape {codebook}")
-    batch = codebook[:-1]
+    batch = codebook[:-1] if axis is None else codebook[:-2]
+    if axis is not None:
+        inner = len(indices) - len(batch)
+        if len(codebook) < 2 or not -inner <= axis <= -1:
+            raise ValueError(
+                f"axis {axis} of indices of shape {indices} cannot be cut into the groups of a "
+                f"codebook of shape {codebook}: give a negative axis behind the leading ones"
+            )
+        if codebook[-2] == 0 or indices[axis] % codebook[-2]:
+            raise ValueError(
+                f"{codebook[-2]} groups do not divide axis {axis} of indices of shape {indices}"
+            )
     if len(indices) <= len(batch) or indices[: len(batch)] != batch:
         raise ValueError(
             f"a codebook of shape {codebook} does not fit indices of shape {indices}: its leading "

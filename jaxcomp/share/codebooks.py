@@ -1,163 +1,127 @@
-"""Shared weights: one codebook a leaf, by k-means, and the method that trains it."""
+"""Shared weights in one shot: a codebook for an array, a tree, or groups of channels."""
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-import optax
-from jaxtyping import Array, Float, Int32, UInt
+from jaxtyping import Array, Float
 
 from jaxcomp import tree as tree_lib
 from jaxcomp.arrays import CodebookArray
-from jaxcomp.arrays.codebook import MAX_CLUSTERS, lookup
-from jaxcomp.compression import Compression, Params, State
-from jaxcomp.kernels.kmeans import fit_codebook, nearest
+from jaxcomp.checks import choose
+from jaxcomp.share import layouts
+from jaxcomp.share.layouts import Layout
 
 
-def kmeans(x: Float[Array, "..."], clusters: int) -> CodebookArray:
+def kmeans(
+    x: Float[Array, "..."],
+    clusters: int,
+    *,
+    importance: Any = None,
+    axis: int | None = None,
+    group_size: int = 1,
+    start: str | None = None,
+    key: Any = None,
+) -> CodebookArray:
     """Replace an array by indices into a codebook of 1-D k-means centroids.
 
-    Lloyd's algorithm on a histogram of the weights, from centroids at equal mass of the cube root
-    of their density (Panter & Dite, 1951). Weights that are exactly zero keep a centroid of their
-    own, exactly zero, and no other weight is given it.
+    Up to 256 clusters the optimum, by dynamic programming; Lloyd's algorithm beyond, from centroids
+    at equal mass of the cube root of the density (Panter & Dite, 1951). Weights that are exactly
+    zero keep a centroid of their own, exactly zero, and no other weight is given it.
 
     Args:
         x: weights, at least one axis; float16, bfloat16 or float32.
         clusters: size of the codebook, 1 to 65,536, and at most the number of weights.
+        importance: what a squared error of each weight costs, in the shape of ``x``, finite and at
+            least 0; only ratios matter. The diagonal of the Hessian or of the Fisher information:
+            means of squared gradients, such as ``prune.evidence.squared_gradients`` gives. None, or
+            zero everywhere, for 1 each. Weights that cost nothing take the nearest entry.
+        axis: which axis is cut into groups of channels with a codebook each; None for one in all.
+        group_size: channels in a group.
+        start: ``"optimal"``, or where Lloyd's algorithm begins: ``"companded"``, ``"linear"``,
+            ``"density"`` or ``"k-means++"``; None for the best there is for so many clusters.
+        key: PRNG key for ``"k-means++"``.
 
     Returns:
         A leaf of ``ceil(log2 clusters)`` bits a weight.
 
     Raises:
-        ValueError: NaN or infinite values, no elements, or more clusters than weights.
+        TypeError: ``x`` is no floating array, or a key is missing.
+        ValueError: NaN or infinite values, no elements, more clusters than weights (of a group),
+            groups that do not divide the axis, or an importance that does not fit.
 
     Example:
-        >>> kmeans(jnp.array([[0.0, 1.0, 3.0], [0.0, 1.0, 3.5]]), clusters=3).decode()
+        >>> import jax.numpy as jnp
+        >>> x = jnp.array([[0.0, 1.0, 3.0], [0.0, 1.0, 3.5]])
+        >>> kmeans(x, clusters=3).decode()
         Array([[0.  , 1.  , 3.25],
                [0.  , 1.  , 3.25]], dtype=float32)
+        >>> kmeans(x, clusters=3, importance=jnp.array([[1.0, 1.0, 3.0], [1.0, 1.0, 1.0]])).decode()
+        Array([[0.   , 1.   , 3.125],
+               [0.   , 1.   , 3.125]], dtype=float32)
+
+    Source: Han et al., "Deep compression", ICLR 2016, section 3; weighted by the Hessian: Choi et
+    al., "Towards the limit of network quantization", ICLR 2017, section 3.
     """
+    layout = Layout(clusters, "leaf", axis, group_size, start, key)
+    layouts.check_layout(layout)
     tree_lib.check_weight("x", x)
-    _check_clusters("x", x.size, clusters)
-    codebook = fit_codebook(x, clusters)
-    return CodebookArray.from_indices(nearest(x, codebook), codebook, x.dtype)
+    return _packed({"x": x}, layout, None if importance is None else {"x": importance})["x"]
 
 
-class ShareBuffers(NamedTuple):
-    """Buffers of :func:`train`.
-
-    Attributes:
-        step: updates so far.
-        indices: by path, which centroid each weight has; zeros until they are assigned.
-    """
-
-    step: Int32[Array, "..."]
-    indices: dict[str, UInt[Array, "..."]]
-
-
-def train(clusters: int, begin: int = 0) -> Compression:
-    """Share weights from a step on, and train the shared values (Han et al., 2016, section 3).
-
-    At step ``begin`` every leaf is clustered by k-means. From then on the forward pass sees the
-    centroids; assignments stay, and each centroid is trained by the gradient summed over its
-    members. A weight that is zero in this method's input (removed by one before it in the chain) is
-    zero in its output, whenever it was removed.
+def codebooks(
+    params: Any,
+    clusters: int,
+    *,
+    paths: str | Sequence[str] | None = None,
+    importance: Any = None,
+    scope: str = "leaf",
+    axis: int | None = None,
+    group_size: int = 1,
+    start: str | None = None,
+    key: Any = None,
+) -> Any:
+    """Replace the weights of a tree by indices into codebooks, one a leaf, a group or the model.
 
     Args:
-        clusters: shared values a leaf, 1 to 65,536.
-        begin: the step from which on weights are shared; dense before.
+        params: parameter tree.
+        clusters: size of each codebook.
+        paths: patterns of the leaves that are shared; None for all matrices, kernels and
+            embeddings.
+        importance: a tree as ``params``, of arrays as for :func:`kmeans`; leaves that are not
+            shared may be missing.
+        scope: ``"leaf"`` for a codebook a leaf, ``"model"`` for one that all leaves hold.
+        axis: as for :func:`kmeans`, of every leaf.
+        group_size: likewise.
+        start: likewise.
+        key: likewise.
 
     Returns:
-        A method; it packs to :class:`CodebookArray` from step ``begin`` on. Its ``init`` raises
-        ``ValueError`` where a leaf has fewer weights than clusters.
+        The tree with :class:`CodebookArray` leaves.
 
     Raises:
-        ValueError: clusters outside 1 to 65,536, or ``begin`` negative.
+        TypeError: as :func:`kmeans`, with the path of the leaf.
+        ValueError: likewise; a pattern matches nothing, or there is no weight.
 
     Example:
-        >>> method = train(clusters=2)
-        >>> params = {"kernel": jnp.array([[0.0, 1.0], [0.0, 3.0]])}
-        >>> state = method.init(params)
-        >>> state.learned["kernel"]
-        Array([0., 2.], dtype=float32)
+        >>> import jax.numpy as jnp
+        >>> params = {"up": jnp.array([[1.0, 2.0]]), "down": jnp.array([[1.0], [4.0]])}
+        >>> codebooks(params, clusters=3, scope="model")["up"].codebook
+        Array([1., 2., 4.], dtype=float32)
+
+    Source: as of :func:`kmeans`.
     """
-    if not 1 <= clusters <= MAX_CLUSTERS:
-        raise ValueError(f"clusters must be 1 to {MAX_CLUSTERS}, not {clusters}")
-    if begin < 0:
-        raise ValueError(f"begin must be a step from 0 on, not {begin}")
+    layout = Layout(clusters, scope, axis, group_size, start, key)
+    layouts.check_layout(layout)
+    return tree_lib.replace(params, _packed(choose(params, paths), layout, importance))
 
-    def fit(leaves: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        books = {path: fit_codebook(leaf, clusters) for path, leaf in leaves.items()}
-        return books, {path: nearest(leaf, books[path]) for path, leaf in leaves.items()}
 
-    def init(params: Params) -> State:
-        leaves = tree_lib.select(params)
-        for path, leaf in leaves.items():
-            _check_clusters(path, leaf.size, clusters)
-        if begin == 0:
-            books, indices = fit(leaves)
-        else:
-            dtype = jnp.uint8 if clusters <= 256 else jnp.uint16
-            books = {path: jnp.zeros(clusters, jnp.float32) for path in leaves}
-            indices = {path: jnp.zeros_like(leaf, dtype) for path, leaf in leaves.items()}
-        return State(books, ShareBuffers(jnp.zeros((), jnp.int32), indices))
-
-    def apply(params: Params, state: State) -> Params:
-        news = {}
-        for path, leaf in tree_lib.take_like(params, state.buffers.indices).items():
-            shared = _share(leaf, state.learned[path], state.buffers.indices[path])
-            # A static `begin` of 0 spares the select.
-            news[path] = jnp.where(state.buffers.step >= begin, shared, leaf) if begin else shared
-        return tree_lib.replace(params, news)
-
-    @jax.jit
-    def advance(leaves: Any, books: Any, buffers: ShareBuffers) -> State:
-        step, indices = buffers
-        if begin:
-            books, indices = jax.lax.cond(
-                step + 1 == begin, lambda: fit(leaves), lambda: (books, indices)
-            )
-        return State(books, ShareBuffers(jnp.asarray(optax.safe_increment(step)), indices))
-
-    def update(params: Params, state: State, grads: Params) -> State:
-        del grads
-        return advance(
-            tree_lib.take_like(params, state.buffers.indices), state.learned, state.buffers
+def _packed(leaves: Any, layout: Layout, importance: Any) -> dict[str, CodebookArray]:
+    layouts.check_leaves(leaves, layout)
+    books = layouts.fit(leaves, layout, layouts.check_importance(importance, leaves))
+    of = layouts.owners(leaves, layout)
+    return {
+        path: layouts.packed(
+            leaf, books[of[path]], layouts.assign(leaf, books[of[path]], layout), layout
         )
-
-    def pack(params: Params, state: State) -> Any:
-        if int(state.buffers.step) < begin:
-            return params
-        news = {
-            path: _pack(leaf, state.learned[path], state.buffers.indices[path])
-            for path, leaf in tree_lib.take_like(params, state.buffers.indices).items()
-        }
-        return tree_lib.replace(params, news)
-
-    return Compression(init, apply, update, pack)
-
-
-def _share(leaf: Array, codebook: Array, indices: Array) -> Array:
-    # Gathered in float32 and cast after, so that the gradient is summed in float32 too.
-    values = lookup(codebook, indices).astype(leaf.dtype)
-    return jnp.where(leaf == 0, jnp.zeros((), leaf.dtype), values)
-
-
-def _pack(leaf: Array, codebook: Array, indices: Array) -> CodebookArray:
-    """A leaf of the same values as :func:`_share`."""
-    zero = leaf == 0
-    if bool(jnp.any(zero & (lookup(codebook, indices) != 0))):
-        # Removed after the codebook was made: the codebook gets an entry for zero.
-        codebook = jnp.concatenate([jnp.zeros(1, codebook.dtype), codebook])
-        dtype = jnp.uint8 if len(codebook) <= 256 else jnp.uint16
-        indices = jnp.where(zero, 0, indices.astype(jnp.uint32) + 1).astype(dtype)
-    return CodebookArray.from_indices(indices, codebook, leaf.dtype)
-
-
-def _check_clusters(path: str, size: int, clusters: int) -> None:
-    if not 1 <= clusters <= MAX_CLUSTERS:
-        raise ValueError(f"{path}: clusters must be 1 to {MAX_CLUSTERS}, not {clusters}")
-    if clusters > size:
-        raise ValueError(
-            f"{path}: {clusters} clusters for {size} weights: ask for at most {size}, "
-            "or leave this leaf out with a None rule"
-        )
+        for path, leaf in leaves.items()
+    }

@@ -58,6 +58,14 @@ def reference(leaf):
     if isinstance(leaf, CodebookArray):
         book = np.asarray(leaf.codebook)
         indices = unpack_reference(leaf.indices, index_bits(book.shape[-1]), leaf.length)
+        if leaf.axis is not None:
+            size = indices.shape[leaf.axis] // book.shape[-2]
+            book = np.repeat(book, size, -2)
+            whole = np.moveaxis(indices, leaf.axis, book.ndim - 2)
+            dense = np.empty(whole.shape, book.dtype)
+            for at in np.ndindex(*book.shape[:-1]):
+                dense[at] = book[at][whole[at]]
+            return np.moveaxis(dense, book.ndim - 2, leaf.axis).astype(leaf.dtype)
         dense = np.empty(indices.shape, book.dtype)
         for at in np.ndindex(*book.shape[:-1]):
             dense[at] = book[at][indices[at]]
@@ -286,6 +294,17 @@ def shared(x, clusters=16, batch_axes=0):
     return CodebookArray.from_indices(jnp.asarray(indices), jnp.asarray(book), x.dtype)
 
 
+def shared_in_groups(x, clusters=4, axis=-1, batch_axes=0):
+    """Two groups of channels; each has every second value of a codebook twice as large."""
+    leaf = shared(x, 2 * clusters, batch_axes)
+    book = np.asarray(leaf.codebook)
+    indices = unpack_reference(leaf.indices, index_bits(2 * clusters), leaf.length) // 2
+    books = jnp.asarray(np.stack([book[..., ::2], book[..., 1::2]], -2))
+    return CodebookArray.from_indices(
+        jnp.asarray(indices.astype(np.uint8)), books, np.asarray(x).dtype, axis
+    )
+
+
 def sparse(x, sparsity=0.6, batch_axes=0):
     """The largest magnitudes of each batch entry, so that their counts differ a little."""
     x = np.array(x)
@@ -383,6 +402,8 @@ FORMS = {
     ),
     "codebook16": lambda x, batch_axes=0: shared(x, 16, batch_axes),
     "codebook5": lambda x, batch_axes=0: shared(x, 5, batch_axes),
+    "codebook4-groups-last": lambda x, batch_axes=0: shared_in_groups(x, 4, -1, batch_axes),
+    "codebook4-groups-first": lambda x, batch_axes=0: shared_in_groups(x, 4, -2, batch_axes),
     "sparse": lambda x, batch_axes=0: sparse(x, batch_axes=batch_axes),
     "2:4": fit_nm,
     "1:all": lambda x, batch_axes=0: nm_sparse(x, 1, x.shape[-1], -1),
