@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """Vector codebooks: error at equal bits a weight, and k-means against scikit-learn and faiss.
 
     python benchmarks/vector_codebooks.py errors
@@ -13,6 +14,7 @@ import argparse
 import resource
 import time
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -144,8 +146,8 @@ def kmeans(vectors, clusters=256, d=8, steps=20):
         )
 
     def theirs(x):
-        model = KMeans(clusters, init=start, n_init=1, max_iter=steps, tol=0, algorithm="lloyd")
-        return model.fit(x).cluster_centers_
+        options: Any = dict(init=start, n_init=1, max_iter=steps, tol=0, algorithm="lloyd")
+        return KMeans(clusters, **options).fit(x).cluster_centers_
 
     def faiss_kmeans(x):
         import faiss
@@ -184,7 +186,7 @@ def table(head, rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("what", choices=["errors", "kmeans"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--vectors", type=int, default=1_000_000)
