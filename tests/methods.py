@@ -143,6 +143,14 @@ CASES = [
     Case("share-now", lambda: share.train(5), learns=True),
     Case("share-later", lambda: share.train(8, begin=3), learns=True),
     Case(
+        "share-reassigned",
+        lambda: share.train(4, 1, axis=-1, group_size=2, reassign_every=2, importance_decay=0.9),
+        learns=True,
+    ),
+    Case("share-model", lambda: share.train(6, begin=2, scope="model"), learns=True),
+    Case("share-straight-through", lambda: share.straight_through(5, begin=1), learns=True),
+    Case("share-soft", lambda: share.soft(6, 1, end=4), learns=True),
+    Case(
         "share-vectors",
         lambda: share.train_vectors(share.VectorFormat(3, 2), key=jax.random.key(0)),
         learns=True,

@@ -29,8 +29,8 @@ class ShareBuffers:
     """
 
     step: Any
-    indices: dict[str, Any]
-    importance: dict[str, Any]
+    indices: Any
+    importance: Any
     shapes: tuple[tuple[str, tuple[int, ...]], ...] = struct.field(pytree_node=False, default=())
 
 
