@@ -49,12 +49,14 @@ class Shipped(NamedTuple):
     """One seed of one recipe.
 
     Attributes:
+        seed: which.
         file: what is shipped.
         size: its bytes.
         error: on the test images, in percent, by another process.
         seconds: of training, from the first stage on.
     """
 
+    seed: int
     file: pathlib.Path
     size: int
     error: float
@@ -84,9 +86,10 @@ def train(
     table: dict[str, list[runs.Stage]],
     data: Dataset,
     seeds: list[int],
-) -> dict[str, list[runs.Run]]:
-    """Train what is not kept yet, one seed after the other; runs by recipe."""
-    found: dict[str, list[runs.Run]] = {name: [] for name in table}
+) -> dict[str, dict[int, runs.Run]]:
+    """Train what is not kept yet, one seed after the other; runs by recipe and seed."""
+    found: dict[str, dict[int, runs.Run]] = {name: {} for name in table}
+    where = options.runs, network
     with Progress(console=Console(stderr=True), transient=True) as progress:
         total = sum(stage.epochs for stages in table.values() for stage in stages)
         bar = progress.add_task(network.name, total=total * len(seeds))
@@ -94,8 +97,9 @@ def train(
             for name, stages in table.items():
                 progress.update(bar, description=f"{network.name}, seed {seed}: {name}")
                 tick: Callable[[int], None] = lambda epochs: progress.advance(bar, epochs)
-                run = runs.trained(options.runs, network, stages, data, seed, tick)
-                found[name].append(run)
+                if options.kept and not runs.finished(*where, stages, data, seed).exists():
+                    continue
+                found[name][seed] = runs.trained(*where, stages, data, seed, tick)
     return found
 
 
@@ -106,16 +110,14 @@ def measure(
     found = train(options, network, recipes.table_of(network), data, seeds)
     # One seed shows how the curve goes on, beside the points that all seeds were trained for.
     found |= train(options, network, recipes.curve_of(network), data, seeds[:1])
-    files = {name: [ship(run) for run in of_seeds] for name, of_seeds in found.items()}
-    flat = [file for of_seeds in files.values() for file in of_seeds]
-    errors = dict(zip(flat, verify(flat, options.data_dir), strict=True))
-    return {
-        name: [
-            Shipped(file, file.stat().st_size, errors[file], run.seconds)
-            for file, run in zip(files[name], of_seeds, strict=True)
-        ]
-        for name, of_seeds in found.items()
-    }
+    shipped = []
+    for name, of_seeds in found.items():
+        shipped += [(name, seed, ship(run), run.seconds) for seed, run in of_seeds.items()]
+    errors = verify([file for *_, file, _ in shipped], options.data_dir)
+    results: dict[str, list[Shipped]] = {name: [] for name, each in found.items() if each}
+    for (name, seed, file, seconds), error in zip(shipped, errors, strict=True):
+        results[name].append(Shipped(seed, file, file.stat().st_size, error, seconds))
+    return results
 
 
 def search(options: Any, network: models.Network, data: Dataset) -> list[tuple[str, int, float]]:
@@ -124,7 +126,8 @@ def search(options: Any, network: models.Network, data: Dataset) -> list[tuple[s
     found = train(options, network, table, held_out, [recipes.SEARCH_SEED])
     return [
         (name, ship(run).stat().st_size, models.error(run.params, held_out))
-        for name, (run,) in found.items()
+        for name, of_seeds in found.items()
+        for run in of_seeds.values()
     ]
 
 
@@ -135,6 +138,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="how many")
     parser.add_argument("--network", choices=models.NETWORKS, help="only this one")
     parser.add_argument("--search", action="store_true", help="on held-out training images")
+    parser.add_argument("--kept", action="store_true", help="train nothing: tables of what is kept")
     parser.add_argument("--plot", type=pathlib.Path, default=pathlib.Path("lenet.svg"))
     parser.add_argument("--nncodec", help="the directory that nncodec was installed into")
     options = parser.parse_args()

@@ -45,12 +45,12 @@ def results_table(network: Network, found: dict[str, list[Shipped]]) -> Table:
     headings = ("", "bytes", "min to max", "ratio", "error %", "min to max", "to dense", "minutes")
     for heading in headings:
         table.add_column(heading, justify="right" if heading else "left")
-    dense = [run.error for run in found["dense"]]
+    dense = {run.seed: run.error for run in found["dense"]}
     for name, of_seeds in found.items():
         sizes, errors = [run.size for run in of_seeds], [run.error for run in of_seeds]
-        change = statistics.mean(e - d for e, d in zip(errors, dense, strict=False))
+        change = statistics.mean(run.error - dense[run.seed] for run in of_seeds)
         table.add_row(
-            name if len(of_seeds) == len(dense) else f"{name} (seed 0)",
+            name if len(of_seeds) == len(dense) else f"{name} (seeds {seeds_of(of_seeds)})",
             f"{round(statistics.mean(sizes)):,}",
             f"{min(sizes):,} to {max(sizes):,}",
             f"{network.float32_bytes / statistics.mean(sizes):.1f}×",
@@ -86,10 +86,12 @@ def curve_table(network: Network, found: dict[str, list[Shipped]]) -> Table:
     """Each file of each seed."""
     table = Table(title=f"{network.name}: bytes and error of each file")
     table.add_column("")
-    for seed in range(max(len(of_seeds) for of_seeds in found.values())):
+    seeds = sorted({run.seed for of_seeds in found.values() for run in of_seeds})
+    for seed in seeds:
         table.add_column(f"seed {seed}", justify="right")
     for name, of_seeds in found.items():
-        table.add_row(name, *(f"{run.size:,} {run.error:.2f}%" for run in of_seeds))
+        cells = {run.seed: f"{run.size:,} {run.error:.2f}%" for run in of_seeds}
+        table.add_row(name, *(cells.get(seed, "") for seed in seeds))
     return table
 
 
@@ -169,6 +171,10 @@ def plot(results: dict[str, dict[str, list[Shipped]]], file: pathlib.Path) -> st
         panel.legend(fontsize=7)
     figure.savefig(file)
     return f"Bytes against error: {file}."
+
+
+def seeds_of(of_seeds: Sequence[Shipped]) -> str:
+    return ", ".join(str(run.seed) for run in of_seeds)
 
 
 def spread(values: Sequence[float]) -> str:
