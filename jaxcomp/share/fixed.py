@@ -11,6 +11,7 @@ import optax
 from jaxcomp import tree as tree_lib
 from jaxcomp.checks import check_count
 from jaxcomp.compression import Compression, Params, State
+from jaxcomp.sharding import placed_like
 
 
 class SharingRule(NamedTuple):
@@ -94,9 +95,10 @@ def fixed_sharing(rule: SharingRule, begin: int) -> Compression:
     def advance(leaves: Any, learned: Any, buffers: FixedBuffers) -> State:
         step, codes = buffers.step, buffers.codes
         if begin:
-            learned, codes = jax.lax.cond(
-                step + 1 == begin, lambda: fit(leaves), lambda: (learned, codes)
-            )
+            old = learned, codes
+            # Both branches must lie alike on explicit meshes.
+            fitted = lambda: jax.tree.map(placed_like, fit(leaves), old)
+            learned, codes = jax.lax.cond(step + 1 == begin, fitted, lambda: old)
         step = jnp.asarray(optax.safe_increment(step))
         return State(learned, dataclasses.replace(buffers, step=step, codes=codes))
 

@@ -191,7 +191,8 @@ def test_without_elements():
 
 def test_every_plain_kind_nests():
     assert set(PLAIN_KINDS) == {
-        *("quantized", "grid", "codebook", "sparse", "nm_sparse", "block_sparse")
+        *("quantized", "grid", "codebook", "sparse", "nm_sparse", "block_sparse"),
+        *("low_rank", "vector_codebook", "hashed"),
     }
     inner = SparseArray.encode(jnp.eye(3))
     own, again = unnest(
