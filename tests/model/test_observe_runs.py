@@ -26,6 +26,7 @@ from jaxcomp.model.statistics import (
     second_moment,
 )
 from tests.model import zoo
+from tests.users_programs import users_jit
 
 
 def normal(*shape, seed=0):
@@ -57,7 +58,7 @@ def outputs_beside(apply_fn, params, inputs, statistic):
         results, entries = tapped.run(program, values, plan.taps, entries)
         return jax.tree.unflatten(program.out_tree, results), entries
 
-    return jax.jit(run)(params, inputs, state)[0]
+    return users_jit(run)(params, inputs, state)[0]
 
 
 @pytest.mark.parametrize("name", ["mlp bfloat16", "branches", "loop", "vgg", "scanned remat"])
@@ -65,7 +66,7 @@ def test_outputs_are_bit_for_bit_those_of_the_function(name):
     case = zoo.ZOO[name]()
     inputs = tuple(case.inputs)
     found = outputs_beside(case.apply_fn, case.params, inputs, second_moment())
-    expected = jax.jit(case.apply_fn)(case.params, *inputs)
+    expected = users_jit(case.apply_fn)(case.params, *inputs)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
