@@ -1,0 +1,1 @@
+"""Search for architectures and for the choices around them."""
