@@ -85,7 +85,7 @@ def inspect(path: str | os.PathLike, *, max_bytes: int | None = None) -> Inspect
     """
     with blame(path):
         plan = make_plan(path, max_bytes)
-        leaves = tuple(_describe(plan, spec, offset) for spec, offset in plan.leaves)
+        leaves = tuple(_describe(plan, spec) for spec in plan.leaves)
     return Inspection(
         path=os.fspath(path),
         file_bytes=plan.file_bytes,
@@ -96,8 +96,8 @@ def inspect(path: str | os.PathLike, *, max_bytes: int | None = None) -> Inspect
     )
 
 
-def _describe(plan: Plan, spec: LeafSpec, offset: int) -> LeafInfo:
-    leaf = read_leaf(plan, spec, offset)
+def _describe(plan: Plan, spec: LeafSpec) -> LeafInfo:
+    leaf = read_leaf(plan, spec)
     parameters, dtype = int(leaf.size), np.dtype(leaf.dtype)
     if parameters * dtype.itemsize > plan.limit:
         raise CheckpointError(

@@ -3,7 +3,8 @@
 A dense leaf is ``[where, dtype, shape]``; ``where`` is ``"raw"`` (its bits are a part) or
 ``"tensor"`` (it is an ordinary safetensors tensor under the leaf's path). A compressed leaf is
 ``[kind, static, {name: [where, dtype, shape]}, {name: [codec, alphabet, shape, bytes]}]``: arrays
-first, so that a codec of symbols may come to read them.
+first, so that a codec of symbols may come to read them. What is equal to a part before it, such as
+the one codebook of a whole model, is ``["same", n]``: part ``n``, counted from 0 without these.
 """
 
 import math
@@ -79,16 +80,51 @@ class SymbolsSpec(NamedTuple):
         return math.prod(self.shape) * symbol_dtype(self.alphabet).itemsize
 
 
+class Same(NamedTuple):
+    """What is stored once already.
+
+    Attributes:
+        number: of that part among all that are stored.
+        part: that part.
+    """
+
+    number: int
+    part: ArraySpec | SymbolsSpec
+
+    @property
+    def part_bytes(self) -> int:
+        """None of its own."""
+        return 0
+
+    @property
+    def tensor_bytes(self) -> int:
+        """None of its own."""
+        return 0
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes once decoded, again."""
+        return self.part.memory_bytes
+
+
+Part = ArraySpec | SymbolsSpec | Same
+
+
 class LeafSpec(NamedTuple):
-    """A leaf's entry in the manifest, checked; ``kind`` is None for a dense array, named ``""``."""
+    """A leaf's entry in the manifest, checked.
+
+    ``kind`` is None for a dense array, named ``""``; ``first`` is the number of the first part that
+    is stored for it, among those of all leaves.
+    """
 
     path: Path
+    first: int
     kind: str | None
     static: dict[str, Any]
-    arrays: dict[str, ArraySpec]
-    symbols: dict[str, SymbolsSpec]
+    arrays: dict[str, ArraySpec | Same]
+    symbols: dict[str, SymbolsSpec | Same]
 
-    def parts(self) -> Iterator[tuple[str, ArraySpec | SymbolsSpec]]:
+    def parts(self) -> Iterator[tuple[str, Part]]:
         """All parts by name, in the file's order."""
         yield from self.arrays.items()
         yield from self.symbols.items()
@@ -160,22 +196,27 @@ def can_be_tensor(array: Shaped[np.ndarray, "..."], name: str, taken: Container[
     return True
 
 
-def parse_leaf(path: Path, entry: list[Any]) -> LeafSpec:
+def parse_leaf(path: Path, entry: list[Any], stored: list[ArraySpec | SymbolsSpec]) -> LeafSpec:
     """Check a leaf's entry in the manifest.
 
     Args:
         path: the leaf's path.
         entry: the JSON list, which begins with a string.
+        stored: the parts of the leaves before it, in the file's order; its own are appended.
 
     Raises:
         CheckpointError: it is no entry of a leaf, or of a kind that is unknown here.
 
     Example:
-        >>> parse_leaf(("bias",), ["raw", "float32", [3]]).arrays[""].memory_bytes
+        >>> stored = []
+        >>> parse_leaf(("bias",), ["raw", "float32", [3]], stored).arrays[""].memory_bytes
         12
+        >>> parse_leaf(("tied",), ["same", 0], stored).arrays[""].part.shape
+        (3,)
     """
-    if entry[0] in ("raw", "tensor"):
-        return LeafSpec(path, None, {}, {"": _parse_array(path, entry)}, {})
+    first = len(stored)
+    if entry[0] in ("raw", "tensor", "same"):
+        return LeafSpec(path, first, None, {}, {"": _parse_array(path, entry, stored)}, {})
     if entry[0] not in KINDS:
         raise CheckpointError(
             f"{show(path)}: a leaf of kind {entry[0]!r:.60}, which this version does not know: a "
@@ -186,14 +227,30 @@ def parse_leaf(path: Path, entry: list[Any]) -> LeafSpec:
     kind, static, arrays, symbols = entry
     return LeafSpec(
         path,
+        first,
         kind,
         static,
-        {name: _parse_array(path, item) for name, item in arrays.items()},
-        {name: _parse_symbols(path, item) for name, item in symbols.items()},
+        {name: _parse_array(path, item, stored) for name, item in arrays.items()},
+        {name: _parse_symbols(path, item, stored) for name, item in symbols.items()},
     )
 
 
-def _parse_array(path: Path, item: Any) -> ArraySpec:
+def _parse_same(path: Path, item: Any, stored: list[Any], kind: type) -> Same | None:
+    """The part before that an entry names; None where it is an entry of its own."""
+    if not isinstance(item, list) or item[:1] != ["same"]:
+        return None
+    number = item[1] if len(item) == 2 else None
+    if type(number) is not int or not 0 <= number < len(stored):
+        raise CheckpointError(f"{show(path)}: the same as a part that does not stand before it")
+    if not isinstance(stored[number], kind):
+        raise CheckpointError(f"{show(path)}: the same as part {number}, which is of another kind")
+    return Same(number, stored[number])
+
+
+def _parse_array(path: Path, item: Any, stored: list[Any]) -> ArraySpec | Same:
+    same = _parse_same(path, item, stored, ArraySpec)
+    if same is not None:
+        return same
     if not isinstance(item, list) or len(item) != 3 or item[0] not in ("raw", "tensor"):
         raise CheckpointError(f"{show(path)}: not the entry of an array")
     where, dtype, shape = item
@@ -201,10 +258,14 @@ def _parse_array(path: Path, item: Any) -> ArraySpec:
         raise CheckpointError(f"{show(path)}: unknown dtype {dtype!r:.60}")
     if where == "tensor" and dtype not in TENSOR_DTYPES:
         raise CheckpointError(f"{show(path)}: {dtype} is never stored as a tensor")
-    return ArraySpec(where, dtype, _parse_shape(path, shape))
+    stored.append(ArraySpec(where, dtype, _parse_shape(path, shape)))
+    return stored[-1]
 
 
-def _parse_symbols(path: Path, item: Any) -> SymbolsSpec:
+def _parse_symbols(path: Path, item: Any, stored: list[Any]) -> SymbolsSpec | Same:
+    same = _parse_same(path, item, stored, SymbolsSpec)
+    if same is not None:
+        return same
     if not isinstance(item, list) or len(item) != 4 or not isinstance(item[0], str):
         raise CheckpointError(f"{show(path)}: not the entry of coded symbols")
     codec, alphabet, shape, size = item
@@ -212,7 +273,8 @@ def _parse_symbols(path: Path, item: Any) -> SymbolsSpec:
         raise CheckpointError(f"{show(path)}: {alphabet!r:.60} is no size of an alphabet")
     if type(size) is not int or not 0 <= size < _LARGEST:
         raise CheckpointError(f"{show(path)}: {size!r:.60} is no number of bytes")
-    return SymbolsSpec(codec, alphabet, _parse_shape(path, shape), size)
+    stored.append(SymbolsSpec(codec, alphabet, _parse_shape(path, shape), size))
+    return stored[-1]
 
 
 def _parse_shape(path: Path, shape: Any) -> tuple[int, ...]:

@@ -12,6 +12,8 @@ from jaxcomp.checkpoint.files import read_file
 from jaxcomp.checkpoint.leaves import (
     ArraySpec,
     LeafSpec,
+    Part,
+    Same,
     SymbolsSpec,
     parse_leaf,
     put_together,
@@ -26,6 +28,22 @@ _GROWTH = 1000
 _CHECKSUM_BYTES = 4
 
 
+class Stored(NamedTuple):
+    """A part of the file.
+
+    Attributes:
+        leaf: whose it is.
+        name: in that leaf.
+        part: what it is.
+        offset: where it begins among the parts.
+    """
+
+    leaf: LeafSpec
+    name: str
+    part: ArraySpec | SymbolsSpec
+    offset: int
+
+
 class Plan(NamedTuple):
     """A file that has been read and found consistent, no part decoded yet.
 
@@ -33,7 +51,8 @@ class Plan(NamedTuple):
         container: the file taken apart.
         tree: the tree's structure, as JSON values.
         metadata: the user's.
-        leaves: every leaf, in the file's order, and where its parts begin.
+        leaves: every leaf, in the file's order.
+        stored: every part that is stored, in the file's order.
         file_bytes: bytes of the file.
         limit: most bytes that decoded arrays may take.
     """
@@ -41,7 +60,8 @@ class Plan(NamedTuple):
     container: Container
     tree: Any
     metadata: dict[str, Any]
-    leaves: list[tuple[LeafSpec, int]]
+    leaves: list[LeafSpec]
+    stored: list[Stored]
     file_bytes: int
     limit: int
 
@@ -78,7 +98,7 @@ def load(path: str | os.PathLike, *, max_bytes: int | None = None) -> Any:
     with blame(path):
         plan = make_plan(path, max_bytes)
         leaves = iter(plan.leaves)
-        return decode_tree(plan.tree, lambda path, entry: read_leaf(plan, *next(leaves)))
+        return decode_tree(plan.tree, lambda path, entry: read_leaf(plan, next(leaves)))
 
 
 @contextlib.contextmanager
@@ -116,7 +136,8 @@ def make_plan(path: str | os.PathLike, max_bytes: int | None) -> Plan:
     if not isinstance(metadata, dict):
         raise CheckpointError("the metadata is not a dict")
     specs: list[LeafSpec] = []
-    decode_tree(manifest["tree"], lambda path, entry: specs.append(parse_leaf(path, entry)))
+    parts: list[ArraySpec | SymbolsSpec] = []
+    decode_tree(manifest["tree"], lambda path, entry: specs.append(parse_leaf(path, entry, parts)))
     needed = sum(part.memory_bytes for spec in specs for _, part in spec.parts())
     if needed > limit:
         raise CheckpointError(
@@ -124,61 +145,70 @@ def make_plan(path: str | os.PathLike, max_bytes: int | None) -> Plan:
             "larger max_bytes if the file is to be trusted"
         )
     _check_tensors(container, specs)
-    leaves = list(_placed(specs, container))
-    return Plan(container, manifest["tree"], metadata, leaves, len(data), limit)
+    stored = _placed(specs, container)
+    return Plan(container, manifest["tree"], metadata, specs, stored, len(data), limit)
 
 
 def leaf_bytes(plan: Plan, spec: LeafSpec) -> int:
-    """Bytes of a leaf in the file: its parts, with checksums of their own, and its tensors."""
-    return _body_bytes(spec, plan.container.version) + sum(
-        array.tensor_bytes for array in spec.arrays.values()
-    )
+    """Bytes of a leaf in the file: its parts, with checksums of their own, and its tensors.
+
+    What the file has stored for a leaf before it takes none.
+    """
+    version = plan.container.version
+    parts = sum(part.part_bytes + _checksum_bytes(part, version) for _, part in spec.parts())
+    return parts + sum(array.tensor_bytes for array in spec.arrays.values())
 
 
-def read_leaf(plan: Plan, spec: LeafSpec, offset: int) -> Any:
+def read_leaf(plan: Plan, spec: LeafSpec) -> Any:
     """Check and decode the parts of one leaf, and put it together.
 
     Raises:
         CheckpointError: a checksum does not match, or the parts do not fit.
     """
-    arrays, symbols = {}, {}
-    for name, part in spec.parts():
-        end = offset + part.part_bytes
-        data = plan.container.body[offset:end]
-        if isinstance(part, ArraySpec) and part.where == "tensor":
-            data = memoryview(plan.container.tensors[tensor_name(spec.path, name)].data)
-        apart = plan.container.version == SEALED_PARTS
-        offset = end + (_CHECKSUM_BYTES if apart and len(data) else 0)
-        label = f"{show(spec.path)}{'.' if name else ''}{name}"
-        if apart and plan.container.body[end:offset] != checksum(data):
-            raise CheckpointError(f"{label} is damaged: its checksum does not match")
-        try:
-            if isinstance(part, ArraySpec):
-                arrays[name] = read_array(part, data)
-            else:
-                symbols[name] = read_symbols(part, data)
-        except CheckpointError as error:
-            raise CheckpointError(f"{label}: {error}") from error
+    number = spec.first
+    arrays: dict[str, Any] = {}
+    symbols: dict[str, Any] = {}
+    for parts, found in ((spec.arrays, arrays), (spec.symbols, symbols)):
+        for name, part in parts.items():
+            same = isinstance(part, Same)
+            found[name] = _read_part(plan, plan.stored[part.number if same else number])
+            number += 0 if same else 1
     return put_together(spec, Parts(spec.static, symbols, arrays))
 
 
-def _placed(specs: list[LeafSpec], container: Container) -> Iterator[tuple[LeafSpec, int]]:
-    """Each leaf and its offset: parts follow one another without gaps, to the last byte."""
-    offset = 0
+def _read_part(plan: Plan, stored: Stored) -> Any:
+    spec, name, part, offset = stored
+    end = offset + part.part_bytes
+    data = plan.container.body[offset:end]
+    if isinstance(part, ArraySpec) and part.where == "tensor":
+        data = memoryview(plan.container.tensors[tensor_name(spec.path, name)].data)
+    label = f"{show(spec.path)}{'.' if name else ''}{name}"
+    kept = plan.container.body[end : end + _checksum_bytes(part, plan.container.version)]
+    if len(kept) and kept != checksum(data):
+        raise CheckpointError(f"{label} is damaged: its checksum does not match")
+    try:
+        return read_array(part, data) if isinstance(part, ArraySpec) else read_symbols(part, data)
+    except CheckpointError as error:
+        raise CheckpointError(f"{label}: {error}") from error
+
+
+def _placed(specs: list[LeafSpec], container: Container) -> list[Stored]:
+    """Each part and its offset: they follow one another without gaps, to the last byte."""
+    offset, found = 0, []
     for spec in specs:
-        yield spec, offset
-        offset += _body_bytes(spec, container.version)
+        for name, part in spec.parts():
+            if isinstance(part, Same):
+                continue
+            found.append(Stored(spec, name, part, offset))
+            offset += part.part_bytes + _checksum_bytes(part, container.version)
     there = len(container.body)
     if offset != there:
         raise CheckpointError(f"the parts take {offset} bytes, the file has {there} for them")
+    return found
 
 
-def _body_bytes(spec: LeafSpec, version: int) -> int:
-    return sum(part.part_bytes + _checksum_bytes(part, version) for _, part in spec.parts())
-
-
-def _checksum_bytes(part: ArraySpec | SymbolsSpec, version: int) -> int:
-    if version != SEALED_PARTS:
+def _checksum_bytes(part: Part, version: int) -> int:
+    if version != SEALED_PARTS or isinstance(part, Same):
         return 0
     tensor_bytes = part.tensor_bytes if isinstance(part, ArraySpec) else 0
     return _CHECKSUM_BYTES if part.part_bytes or tensor_bytes else 0
@@ -189,7 +219,7 @@ def _check_tensors(container: Container, specs: list[LeafSpec]) -> None:
     unused = dict(container.tensors)
     for spec in specs:
         for part, array in spec.arrays.items():
-            if array.where != "tensor":
+            if isinstance(array, Same) or array.where != "tensor":
                 continue
             name = tensor_name(spec.path, part)
             tensor = unused.pop(name, None)

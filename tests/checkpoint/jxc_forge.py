@@ -293,8 +293,10 @@ class Forged(NamedTuple):
 def take_apart(path: str | os.PathLike) -> Forged:
     plan = loading.make_plan(path, None)
     parts, offset = [], 0
-    for spec, _ in plan.leaves:
+    for spec in plan.leaves:
         for name, part in spec.parts():
+            if isinstance(part, loading.Same):
+                continue
             data = bytes(plan.container.body[offset : offset + part.part_bytes])
             if isinstance(part, loading.ArraySpec) and part.where == "tensor":
                 data = bytes(plan.container.tensors[loading.tensor_name(spec.path, name)].data)
