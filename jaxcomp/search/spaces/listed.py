@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from jaxcomp import checks
@@ -103,12 +104,7 @@ def _enumerate(space: Any, levels: int | None) -> Iterator[Point]:
     positions: list[int] = []
     while True:
         taken: list[tuple[int, int | float]] = []
-
-        def choose(path: str, part: Part, given=tuple(positions), taken=taken) -> int | float:
-            index = given[len(taken)] if len(taken) < len(given) else 0
-            taken.append((index, size(part, levels)))
-            return nth(part, index, levels)
-
+        choose = partial(_in_turn, positions, taken, levels)
         yield walk(space, choose)[1]
         while taken and taken[-1][0] + 1 == taken[-1][1]:
             taken.pop()
@@ -116,6 +112,19 @@ def _enumerate(space: Any, levels: int | None) -> Iterator[Point]:
             return
         positions = [index for index, _ in taken]
         positions[-1] += 1
+
+
+def _in_turn(
+    positions: list[int],
+    taken: list[tuple[int, int | float]],
+    levels: int | None,
+    path: str,
+    part: Part,
+) -> int | float:
+    """The value at the given position, the first one beyond them; what was taken is noted."""
+    index = positions[len(taken)] if len(taken) < len(positions) else 0
+    taken.append((index, size(part, levels)))
+    return nth(part, index, levels)
 
 
 def _check_levels(levels: int | None) -> None:

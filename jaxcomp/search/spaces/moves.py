@@ -99,13 +99,10 @@ def mutate(space: Any, point: Mapping[str, Any], key: Any, *, spread: float | No
     active = parts(space, point)
     can = [path for path, part in active.items() if size(part) > 1]
     changed = can[rng.integers(len(can))] if can else None
-
-    def choose(path: str, part: Part) -> int | float:
-        if path == changed:
-            return _other(part, point[path], rng, spread)
-        return point[path] if path in active else from_unit(part, rng.random())
-
-    return walk(space, choose)[1]
+    kept = {path: point[path] for path in active if path != changed}
+    if changed is not None:
+        kept[changed] = _other(active[changed], point[changed], rng, spread)
+    return walk(space, lambda path, part: _kept_or_drawn(kept, path, part, rng))[1]
 
 
 def cross(space: Any, a: Mapping[str, Any], b: Mapping[str, Any], key: Any) -> Point:
@@ -133,13 +130,19 @@ def cross(space: Any, a: Mapping[str, Any], b: Mapping[str, Any], key: Any) -> P
     """
     rng = generator(key)
     parents = [{path: parent[path] for path in parts(space, parent)} for parent in (a, b)]
+    return walk(space, lambda path, part: _of_either(parents, path, rng))[1]
 
-    def choose(path: str, part: Part) -> int | float:
-        # What is active was made so by the choices of a parent, which then has it too.
-        having = [parent for parent in parents if path in parent]
-        return having[rng.integers(len(having))][path]
 
-    return walk(space, choose)[1]
+def _kept_or_drawn(
+    kept: Mapping[str, Any], path: str, part: Part, rng: np.random.Generator
+) -> int | float:
+    return kept[path] if path in kept else from_unit(part, rng.random())
+
+
+def _of_either(parents: list[Point], path: str, rng: np.random.Generator) -> int | float:
+    # What is active was made so by the choices of a parent, which then has it too.
+    having = [parent for parent in parents if path in parent]
+    return having[rng.integers(len(having))][path]
 
 
 def _other(

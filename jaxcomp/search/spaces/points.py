@@ -42,34 +42,34 @@ def walk(space: Any, choose: Choose) -> tuple[Any, Point]:
         ({'depth': 1, 'act': 'gelu'}, {'depth': 1, 'act': 1})
     """
     point: Point = {}
-
-    def ask(path: str, part: Part) -> int | float:
-        if path in point:
-            raise _clash(path)
-        point[path] = settle(path, part, choose(path, part))
-        return point[path]
-
-    return _fill(space, "", ask), point
+    return _fill(space, "", choose, point), point
 
 
-def _fill(space: Any, path: str, ask: Callable[[str, Part], Any]) -> Any:
+def _ask(path: str, part: Part, choose: Choose, point: Point) -> Any:
+    if path in point:
+        raise _clash(path)
+    point[path] = settle(path, part, choose(path, part))
+    return point[path]
+
+
+def _fill(space: Any, path: str, choose: Choose, point: Point) -> Any:
     if isinstance(space, Choice):
-        chosen = ask(path, space)
+        chosen = _ask(path, space, choose, point)
         option, name = space.spaces[chosen], space.names[chosen]
         if space.is_named and option is None:
             return name
-        value = _fill(option, join(path, name), ask)
+        value = _fill(option, join(path, name), choose, point)
         return {name: value} if space.is_named else value
     if isinstance(space, (Integer, Continuous)):
-        return ask(path, space)
+        return _ask(path, space, choose, point)
     if isinstance(space, Repeat):
         count = space.count
         if isinstance(count, Integer):
-            count = ask(count_path(path), count)
-        return [_fill(space.item, join(path, str(i)), ask) for i in range(count)]
+            count = _ask(count_path(path), count, choose, point)
+        return [_fill(space.item, join(path, str(i)), choose, point) for i in range(count)]
     if is_node(space):
-        inside = [_fill(sub, join(path, name), ask) for name, sub in children(space, path)]
-        return rebuild(space, inside)
+        pairs = children(space, path)
+        return rebuild(space, [_fill(sub, join(path, i), choose, point) for i, sub in pairs])
     return constant(space, path)
 
 
@@ -94,7 +94,7 @@ def decode(space: Any, point: Mapping[str, Any]) -> Any:
         >>> decode(space, {"optimizer": 1})
         {'optimizer': 'adam'}
     """
-    candidate, used = walk(space, _lookup(point))
+    candidate, used = walk(space, lambda path, part: _value(point, path, part))
     if len(used) != len(point):
         spare = next(path for path in point if path not in used)
         raise ValueError(f"{named(spare)}: the point has a value for it, but it is not active")
@@ -121,13 +121,7 @@ def parts(space: Any, point: Mapping[str, Any]) -> dict[str, Part]:
         ['#count', '0', '1']
     """
     active: dict[str, Part] = {}
-    lookup = _lookup(point)
-
-    def choose(path: str, part: Part) -> Any:
-        active[path] = part
-        return lookup(path, part)
-
-    walk(space, choose)
+    walk(space, lambda path, part: _value(point, path, active.setdefault(path, part)))
     return active
 
 
@@ -158,7 +152,7 @@ def encode(space: Any, candidate: Any) -> Point:
     point: Point = {}
     _fit(space, candidate, "", point)
     # In the order of walking, which is that of fitting but for dicts written in another order.
-    return walk(space, _lookup(point))[1]
+    return walk(space, lambda path, part: _value(point, path, part))[1]
 
 
 def _fit(space: Any, value: Any, path: str, point: Point) -> None:
@@ -356,13 +350,10 @@ def constant(value: Any, path: str) -> Any:
     return value
 
 
-def _lookup(point: Mapping[str, Any]) -> Choose:
-    def choose(path: str, part: Part) -> Any:
-        if path not in point:
-            raise ValueError(f"{named(path)}: active, but the point has no value for it")
-        return point[path]
-
-    return choose
+def _value(point: Mapping[str, Any], path: str, part: Part) -> Any:
+    if path not in point:
+        raise ValueError(f"{named(path)}: active, but the point has no value for it")
+    return point[path]
 
 
 def _clash(path: str) -> ValueError:
