@@ -38,8 +38,8 @@ settings.load_profile("default")
 
 # JAX keeps the last 2,048 programs it lowered, each in a compiler context of 3 MB, and each one
 # kept makes the next slower to compile: by half after 1,000. What is forgotten here and met again
-# is read back from the cache on disk.
-KEPT_PROGRAMS = 200
+# is traced again, and read back from the cache on disk.
+KEPT_PROGRAMS = 1000
 _programs: list[float] = []
 
 

@@ -15,17 +15,22 @@ from jaxcomp import tree as tree_lib
 from tests import methods
 from tests.methods import CASES, Case
 
-every_method = pytest.mark.parametrize("case", CASES, ids=str)
+# All checks of a method come one after another, so that its programs are still there.
+every_method = pytest.mark.parametrize("case", CASES, ids=str, scope="module")
 
 
 class Setup(NamedTuple):
-    """One method, wrapped; a train step, and it jitted, which notes what it is traced for."""
+    """One method, wrapped; a train step, and it jitted, which notes what it is traced for.
+
+    What is not itself under test is jitted too: outside `jit` each operation is a program.
+    """
 
     method: jaxcomp.Compression
     tx: optax.GradientTransformationExtraArgs
     step: Callable[..., Any]
     jitted: Callable[..., Any]
     traces: list[Any]
+    init: Callable[..., Any]
 
 
 def make(method, tx=None) -> Setup:
@@ -45,7 +50,7 @@ def make(method, tx=None) -> Setup:
         traces.append((structure, tuple(map(jax.typeof, leaves))))
         return step(*arguments)
 
-    return Setup(method, tx, step, jitted, traces)
+    return Setup(method, tx, step, jitted, traces, jax.jit(tx.init))
 
 
 @functools.cache
@@ -56,11 +61,15 @@ def setup(case: Case) -> Setup:
 
 def train(prepared: Setup, steps=6, seed=0, jit=True):
     params = methods.params(seed)
-    opt_state = prepared.tx.init(params)
+    opt_state = prepared.init(params)
     for _ in range(steps):
         step = prepared.jitted if jit else prepared.step
         params, opt_state, _ = step(params, opt_state, *methods.batch())
     return params, opt_state
+
+
+compressed = jax.jit(jaxcomp.compressed)
+model, loss = jax.jit(methods.model), jax.jit(methods.loss)
 
 
 @functools.cache
@@ -86,11 +95,16 @@ def assert_close(a, b, tolerance=2e-5):
 @functools.cache
 def run_raw(case: Case, steps=6):
     """The protocol without the optimizer: the state after steps on fixed weights."""
-    method, params = setup(case).method, methods.params()
-    state = method.init(params)
+    params = methods.params()
+    state = jax.jit(setup(case).method.init)(params)
     for _ in range(steps):
-        state = method.update(params, state, jax.tree.map(jnp.ones_like, params))
+        state = raw_update(case)(params, state, jax.tree.map(np.ones_like, params))
     return params, state
+
+
+@functools.cache
+def raw_update(case: Case):
+    return jax.jit(setup(case).method.update)
 
 
 @every_method
@@ -98,7 +112,7 @@ def test_apply_keeps_structure_shapes_and_dtypes(case: Case):
     for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
         params = methods.params(dtype=dtype)
         method = setup(case).method
-        seen = method.apply(params, method.init(params))
+        seen = jax.eval_shape(lambda x, m=method: m.apply(x, m.init(x)), params)
         assert jax.tree.structure(seen) == jax.tree.structure(params)
         assert jax.tree.map(jnp.shape, seen) == jax.tree.map(jnp.shape, params)
         assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(seen))
@@ -108,8 +122,8 @@ def test_apply_keeps_structure_shapes_and_dtypes(case: Case):
 def test_update_keeps_the_state_structure(case: Case):
     method = setup(case).method
     params = methods.params()
-    state = method.init(params)
-    new = method.update(params, state, params)
+    state = jax.eval_shape(method.init, params)
+    new = jax.eval_shape(method.update, params, state, params)
     assert jax.tree.structure(new) == jax.tree.structure(state)
     for old_leaf, new_leaf in zip(jax.tree.leaves(state), jax.tree.leaves(new), strict=True):
         assert (old_leaf.shape, old_leaf.dtype) == (new_leaf.shape, new_leaf.dtype)
@@ -134,10 +148,10 @@ def test_packed_decodes_to_what_the_jitted_forward_pass_saw(case: Case):
 def test_packed_model_computes_what_training_computed(case: Case):
     params, opt_state = trained(case)
     x, _ = methods.batch(5)
-    packed = jaxcomp.pack(params, opt_state)
-    seen = jaxcomp.compressed(params, opt_state)
-    assert_same(jaxcomp.decode(packed), seen)
-    np.testing.assert_array_equal(methods.model(jaxcomp.decode(packed), x), methods.model(seen, x))
+    decoded = jaxcomp.decode(jaxcomp.pack(params, opt_state))
+    seen = compressed(params, opt_state)
+    assert_same(decoded, seen)
+    np.testing.assert_array_equal(model(decoded, x), model(seen, x))
 
 
 @every_method
@@ -160,19 +174,19 @@ def test_removed_weights_are_exactly_zero_after_every_step(case: Case):
         pytest.skip("removes nothing")
     # Momentum, weight decay and noise all try to move a removed weight.
     tx = optax.chain(optax.add_noise(0.1, 0.5, 0), optax.adamw(0.1, weight_decay=0.3))
-    _, tx, _, step, _ = make(case.make(), tx)
-    params, (x, y) = methods.params(), methods.batch()
-    opt_state = tx.init(params)
-    gone = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, bool), params)
+    prepared = make(case.make(), tx)
+    params, (x, y), step = methods.params(), methods.batch(), prepared.jitted
+    opt_state = prepared.init(params)
+    gone = jax.tree.map(lambda leaf: np.zeros(leaf.shape, bool), params)
     for count in range(8):
         params, opt_state, _ = step(params, opt_state, x, y)
-        seen = jaxcomp.compressed(params, opt_state)
-        zero = jax.tree.map(lambda leaf: leaf == 0, seen)
+        seen = compressed(params, opt_state)
+        zero = jax.tree.map(lambda leaf: np.asarray(leaf) == 0, seen)
         for path, before in tree_lib.flatten(gone).items():
-            if tree_lib.is_weight(path, before.astype(jnp.float32)):
-                assert jnp.all(tree_lib.flatten(zero)[path] | ~before), (path, count)
+            if tree_lib.is_weight(path, before.astype(np.float32)):
+                assert np.all(tree_lib.flatten(zero)[path] | ~before), (path, count)
         gone = zero
-    removed = sum(int(jnp.sum(gone[layer]["kernel"])) for layer in gone)
+    removed = sum(int(np.sum(gone[layer]["kernel"])) for layer in gone)
     assert removed >= round(0.6 * 80) - 1
 
 
@@ -180,8 +194,7 @@ def test_removed_weights_are_exactly_zero_after_every_step(case: Case):
 def test_jit_equals_eager(case: Case):
     eager, jitted = train(setup(case), 3, jit=False), train(setup(case), 3)
     assert_close(eager[0], jitted[0])
-    seen = [jaxcomp.compressed(params, state) for params, state in (eager, jitted)]
-    assert_close(*seen)
+    assert_close(jaxcomp.compressed(*eager), compressed(*jitted))
 
 
 @every_method
@@ -193,7 +206,7 @@ def test_compiles_once(case: Case):
 
 @every_method
 def test_scan_over_steps_equals_the_loop(case: Case):
-    _, tx, step, _, _ = setup(case)
+    step, init = setup(case).step, setup(case).init
     params, (x, y) = methods.params(), methods.batch()
 
     @jax.jit
@@ -201,43 +214,38 @@ def test_scan_over_steps_equals_the_loop(case: Case):
         body = lambda carry, _: (step(*carry, x, y)[:2], None)
         return jax.lax.scan(body, (params, opt_state), None, length=6)[0]
 
-    scanned = run(params, tx.init(params))
+    scanned = run(params, init(params))
     looped = trained(case)
     assert_close(scanned[0], looped[0])
-    assert_close(
-        jaxcomp.compressed(scanned[0], scanned[1]), jaxcomp.compressed(looped[0], looped[1])
-    )
+    assert_close(compressed(*scanned), compressed(*looped))
 
 
 @every_method
 def test_vmap_over_an_ensemble_equals_members_alone(case: Case):
-    _, tx, step, _, _ = setup(case)
+    tx, step = setup(case).tx, setup(case).step
     x, y = methods.batch()
-    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(methods.params(s) for s in range(3)))
-    opt_states = jax.vmap(tx.init)(stack)
+    stack = jax.tree.map(lambda *leaves: np.stack(leaves), *(methods.params(s) for s in range(3)))
+    opt_states = jax.jit(jax.vmap(tx.init))(stack)
     run = jax.jit(jax.vmap(step, in_axes=(0, 0, None, None)))
     for _ in range(6):
         stack, opt_states, _ = run(stack, opt_states, x, y)
-    seen = jax.vmap(jaxcomp.compressed)(stack, opt_states)
+    seen = jax.jit(jax.vmap(jaxcomp.compressed))(stack, opt_states)
     for member in range(3):
         alone, alone_state = trained(case, member)
-        assert_close(jax.tree.map(lambda leaf, m=member: leaf[m], stack), alone)
-        assert_close(
-            jax.tree.map(lambda leaf, m=member: leaf[m], seen),
-            jaxcomp.compressed(alone, alone_state),
-        )
+        mine = lambda leaf, member=member: np.asarray(leaf)[member]
+        assert_close(jax.tree.map(mine, stack), alone)
+        assert_close(jax.tree.map(mine, seen), compressed(alone, alone_state))
 
 
 @every_method
 def test_donated_buffers(case: Case):
-    _, tx, step, _, _ = setup(case)
-    step = jax.jit(step, donate_argnums=(0, 1))
+    step = jax.jit(setup(case).step, donate_argnums=(0, 1))
     params, (x, y) = methods.params(), methods.batch()
-    opt_state = tx.init(params)
+    opt_state = setup(case).init(params)
     for _ in range(6):
         params, opt_state, _ = step(params, opt_state, x, y)
     plain, plain_state = trained(case)
-    assert_same(jaxcomp.compressed(params, opt_state), jaxcomp.compressed(plain, plain_state))
+    assert_same(compressed(params, opt_state), compressed(plain, plain_state))
 
 
 @every_method
@@ -251,7 +259,9 @@ def test_learned_reaches_the_optimizer_and_buffers_do_not(case: Case):
     spy = optax.GradientTransformation(lambda params: optax.EmptyState(), record)
     method = setup(case).method
     prepared = make(method, optax.chain(spy, optax.sgd(0.1)))
-    params, opt_state = train(prepared, steps=1)
+    params = methods.params()
+    opt_state = jax.eval_shape(prepared.tx.init, params)
+    jax.eval_shape(prepared.step, params, opt_state, *methods.batch())
     state = opt_state.compression
     assert bool(jax.tree.leaves(state.learned)) == case.learns
     inside = [leaf.size for leaf in jax.tree.leaves(shown[0])]
@@ -275,17 +285,22 @@ def test_the_one_gradient_is_that_of_apply(case: Case):
     tx = jaxcomp.wrap_optimizer(
         optax.GradientTransformation(lambda params: optax.EmptyState(), record), method
     )
-    opt_state = tx.init(params).replace(compression=state)
-    grads = jax.grad(
-        lambda p: methods.loss(jaxcomp.compressed(p, opt_state, projected=False), x, y)
-    )(params)
-    tx.update(grads, opt_state, params)
+    opt_state = jax.jit(tx.init)(params).replace(compression=state)
+
+    def training(params, opt_state):
+        grads = jax.grad(
+            lambda p: methods.loss(jaxcomp.compressed(p, opt_state, projected=False), x, y)
+        )(params)
+        tx.update(grads, opt_state, params)
+        return handed.pop()
 
     def direct(params, learned):
         return methods.loss(method.apply(params, state._replace(learned=learned)), x, y)
 
-    weights, learned = jax.grad(direct, argnums=(0, 1))(params, state.learned)
-    flat = tree_lib.flatten(handed[0], is_leaf=lambda leaf: hasattr(leaf, "learned"))
+    weights, learned = jax.jit(jax.grad(direct, argnums=(0, 1)))(params, state.learned)
+    flat = tree_lib.flatten(
+        jax.jit(training)(params, opt_state), is_leaf=lambda leaf: hasattr(leaf, "learned")
+    )
     for path, leaf in tree_lib.flatten(weights).items():
         node = flat[path]
         np.testing.assert_allclose(getattr(node, "weight", node), leaf, rtol=1e-5, atol=1e-7)
@@ -300,8 +315,8 @@ def test_the_one_gradient_is_that_of_apply(case: Case):
 def test_loss_falls(case: Case):
     x, y = methods.batch()
     params, opt_state = train(setup(case), steps=60)
-    before = methods.loss(methods.params(), x, y)
-    assert methods.loss(jaxcomp.compressed(params, opt_state), x, y) < 0.8 * before
+    before = loss(methods.params(), x, y)
+    assert loss(compressed(params, opt_state), x, y) < 0.8 * before
 
 
 @every_method
@@ -322,7 +337,7 @@ def test_bad_trees_are_refused_by_path(case: Case):
             method.init(tree)
     tree = methods.params()
     tree["third"] = tree.pop("second")
-    params, state = methods.params(), method.init(methods.params())
+    params, state = methods.params(), jax.jit(method.init)(methods.params())
     if jax.tree.leaves(state.buffers) and any(
         "second/kernel" in jax.tree_util.keystr(keys)
         for keys, _ in jax.tree_util.tree_flatten_with_path(state)[0]
