@@ -22,7 +22,9 @@ from jaxcomp.quantize.rate.settling import margins_of, nothing_known, remember, 
 from jaxcomp.quantize.training.leafwise import check_uniform, encode_given, stages_of
 from jaxcomp.quantize.training.learned_scale import used_step
 
-_FORMAT = Format(bits=5, granularity=PerTensor())
+# A weight beyond the last code is clipped, and the loss moves it no more, however its step moves;
+# codes that nobody uses cost nothing in the file.
+_FORMAT = Format(bits=8, granularity=PerTensor())
 
 
 @struct.dataclass
@@ -81,7 +83,8 @@ def rate_distortion(
             (warm it up: a dense start finds better weights). For a loss that is a mean over ``n``
             examples, ``log(2) / n`` is minimum description length; less keeps more accuracy.
         format: uniform and symmetric with a level at zero. More bits than needed cost nothing in
-            the file.
+            the file, while too few hold weights down: the loss has no say over those that are
+            clipped at the last code.
         begin: the step from which on the forward pass is rounded and bits cost; dense before.
         trace: of the model; says what the channels of ``PerChannel()`` are, as for :func:`train`.
         step: all step sizes at the beginning; None: half of the root mean square of the weights

@@ -121,6 +121,15 @@ def test_codes_settle_where_the_loss_bends_least():
     assert bits[0] > bits[1] == bits[2]
 
 
+def test_the_default_format_clips_no_weight_of_sixty_steps():
+    method = quantize.rate_distortion(0.0, step=0.05)
+    params = {"kernel": jnp.array([[3.0, -2.0], [0.1, 0.0]], jnp.float32)}
+    state = method.init(params)
+    seen, pull = jax.vjp(lambda p: method.apply(p, state)["kernel"], params)
+    np.testing.assert_allclose(seen, params["kernel"], rtol=1e-6)
+    np.testing.assert_array_equal(pull(jnp.ones((2, 2)))[0]["kernel"], np.ones((2, 2)))
+
+
 def test_steps_are_powers_of_two_with_lines_between():
     logs = np.linspace(-20, 10, 301, dtype=np.float32)
     steps = np.asarray(step_of(jnp.asarray(logs)), np.float64)
