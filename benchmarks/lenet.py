@@ -6,10 +6,9 @@
 
 For each seed a network is trained in float32 on all 60,000 training images. From its weights go
 Deep Compression (``prune.gradual``, then ``share.train``) and, for LeNet-300-100, the records:
-``quantize.rate_distortion``, once for each price of a bit. LeNet-5's records begin with new
-weights, of 8 and 16 channels and 64 units in place of 20, 50 and 500: a whole LeNet-5 whose other
-channels have gone before it is trained. Images are neither moved nor deformed, and there is no
-teacher.
+``quantize.rate_distortion``, once for each price of a bit; of LeNet-5, ``prune.channels`` first
+leaves 8 and 16 channels and 64 units of 20, 50 and 500. Images are neither moved nor deformed, and
+there is no teacher.
 
 What is tested is the last epoch's weights, by another process that knows nothing but the file and
 the test images; no epoch, seed or setting is chosen by these. Settings were chosen by ``--search``,

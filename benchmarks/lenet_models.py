@@ -6,14 +6,15 @@ Inside, examples lie on the last axis, where small layers are twice as fast on a
 """
 
 import math
-from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import jaxcomp
+from jaxcomp import prune
 from jaxcomp.demo.data import Dataset
 
 Params = dict[str, dict[str, Any]]
@@ -53,15 +54,37 @@ NETWORKS = {
 }
 
 
-def narrowed(network: Network, widths: tuple[int, ...]) -> Network:
-    """The network with fewer channels or units in its hidden layers."""
-    kernels: dict[str, tuple[int, ...]] = {}
-    kept = Fraction(1)
-    for (layer, shape), width in zip(network.kernels.items(), (*widths, 10), strict=True):
-        *space, inputs, whole = shape
-        kernels[layer] = (*space, int(inputs * kept), width)
-        kept = Fraction(width, whole)
-    return network._replace(kernels=kernels)
+def narrowed(params: Params, widths: tuple[int, ...], data: Dataset) -> Params:
+    """The network with fewer channels or units in its hidden layers, the least important removed.
+
+    Args:
+        params: of a trained network.
+        widths: what each hidden layer keeps.
+        data: whose first training images score channels.
+    """
+    kept = dict(zip(params, widths, strict=False))
+    limits = {f"{name}/bias": 1 - n / params[name]["bias"].size for name, n in kept.items()}
+
+    def loss(params: Params, images: Any, labels: Any) -> Any:
+        logits = apply(params, images)
+        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    images, labels = data.train_images[:4096, ..., 0], data.train_labels[:4096]
+    smaller = prune.channels(
+        apply,
+        params,
+        images[:2],
+        score=prune.channel_scores.taylor,
+        sparsity=0.99,
+        limits=limits,
+        loss=loss,
+        batches=zip(np.split(images, 8), np.split(labels, 8), strict=True),
+        progress=False,
+    )
+    found = {name: smaller.params[name] for name in params}
+    if [found[name]["bias"].size for name in kept] != list(widths):
+        raise RuntimeError(f"channels could not be removed down to {widths}: {smaller}")
+    return found
 
 
 def initial(network: Network, seed: int) -> Params:

@@ -32,7 +32,7 @@ class Stage(NamedTuple):
         rate: of Adam, at its peak; it falls to a hundredth by a cosine.
         dropout: fractions of the pixels and of the hidden units.
         batch: images a step.
-        prepare: from the weights that are there, and the seed, to those that training begins with.
+        prepare: from the weights that are there, and the data, to those that training begins with.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Stage(NamedTuple):
     rate: float
     dropout: tuple[float, float] = (0.0, 0.0)
     batch: int = 128
-    prepare: Callable[[Params, int], Params] = lambda params, seed: params
+    prepare: Callable[[Params, Dataset], Params] = lambda params, data: params
 
 
 class Run(NamedTuple):
@@ -96,7 +96,7 @@ def trained(
         else:
             start = trained(directory, network, stages[:-1], data, seed, tick)
             before, params = start.seconds, jaxcomp.decode(start.params)
-        params = stages[-1].prepare(params, seed)
+        params = stages[-1].prepare(params, data)
         packed, seconds = fit(params, stages[-1], data, (seed, len(stages)), file, tick)
         unfinished = file.with_suffix(".new")
         jaxcomp.save(unfinished, models.to_ship(packed))
