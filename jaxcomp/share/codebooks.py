@@ -42,7 +42,8 @@ def kmeans(
         key: PRNG key for ``"k-means++"``.
 
     Returns:
-        A leaf of ``ceil(log2 clusters)`` bits a weight.
+        A leaf of ``ceil(log2 clusters)`` bits a weight. May be called inside of ``jit``, where
+        values are not looked at: NaN makes NaN of every weight.
 
     Raises:
         TypeError: ``x`` is no floating array, or a key is missing.
@@ -120,7 +121,7 @@ def _packed(leaves: Any, layout: Layout, importance: Any) -> dict[str, CodebookA
     books = layouts.fit(leaves, layout, layouts.check_importance(importance, leaves))
     of = layouts.owners(leaves, layout)
     return {
-        path: layouts.packed(
+        path: layouts.as_leaf(
             leaf, books[of[path]], layouts.assign(leaf, books[of[path]], layout), layout
         )
         for path, leaf in leaves.items()

@@ -15,6 +15,7 @@ from jaxcomp.checks import check_count, is_number
 from jaxcomp.compression import Compression
 from jaxcomp.sharding import automatic, spec_like
 from jaxcomp.share.fixed import SharingRule, fixed_sharing
+from jaxcomp.share.layouts import check_importance
 
 
 def hashed(x: Any, buckets: int, *, seed: int = 0, importance: Any = None) -> HashedArray:
@@ -37,7 +38,7 @@ def hashed(x: Any, buckets: int, *, seed: int = 0, importance: Any = None) -> Ha
     Raises:
         TypeError: no floating array, no whole numbers.
         ValueError: NaN or infinite values, no elements, numbers out of range, importance of another
-            shape.
+            shape, negative, NaN or infinite.
 
     Example:
         >>> leaf = hashed(jnp.array([[1.0, 2.0, 3.0], [5.0, 7.0, 8.0]]), buckets=4)
@@ -51,8 +52,8 @@ def hashed(x: Any, buckets: int, *, seed: int = 0, importance: Any = None) -> Ha
     check_count("buckets", buckets)
     if buckets > x.size:
         raise ValueError(f"{buckets} buckets for {x.size} weights: ask for at most {x.size}")
-    if importance is not None and importance.shape != x.shape:
-        raise ValueError(f"importance of shape {importance.shape} does not fit x of {x.shape}")
+    if importance is not None:
+        check_importance({"x": importance}, {"x": x})
     values = _fit(x, importance, buckets, seed)
     return HashedArray.from_buckets(values, tuple(x.shape), seed, x.dtype)
 

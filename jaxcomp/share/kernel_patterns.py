@@ -26,7 +26,7 @@ WINDOW = (-4, -3)
 
 
 def kernel_patterns(
-    x: Any, patterns: int, *, key: Any, axes: tuple[int, ...] = WINDOW, iterations: int = 25
+    x: Any, patterns: Any, *, key: Any, axes: Any = WINDOW, iterations: Any = 25
 ) -> RescaledArray:
     """Replace each kernel of a convolution by one of a few patterns times a scale of its own.
 
@@ -57,16 +57,16 @@ def kernel_patterns(
     Source: Son, Nah and Lee, "Clustering convolutional kernels to compress deep neural networks",
     ECCV 2018, section 3 (k-means of normalized kernels, and a scale for each).
     """
+    _check(patterns, key, axes)
+    check_count("iterations", iterations, 0)
     tree_lib.check_weight("x", x)
-    check_key(key)
-    check_count("patterns", patterns)
     blocks = _blocks("x", x, patterns, axes)
     learned, indices = _fit(jnp.asarray(x), key, patterns, blocks, iterations)
     return _encode(x, learned, indices, None, blocks)
 
 
 def train_kernel_patterns(
-    patterns: int, *, key: Any, begin: int = 0, axes: tuple[int, ...] = WINDOW
+    patterns: Any, *, key: Any, begin: Any = 0, axes: Any = WINDOW
 ) -> Compression:
     """Share kernels from a step on, and train the patterns and the scales.
 
@@ -96,8 +96,7 @@ def train_kernel_patterns(
         >>> method.init(params).learned["kernel"]["scale"].shape
         (1, 1, 4, 8)
     """
-    check_key(key)
-    check_count("patterns", patterns)
+    _check(patterns, key, axes)
     blocks_of = lambda path, leaf: _blocks(path, leaf, patterns, axes)
 
     def check(path: str, leaf: Any) -> None:
@@ -211,11 +210,21 @@ def _encode(leaf: Any, learned: Any, indices: Any, keep: Any, blocks: Blocks) ->
     return RescaledArray(inner, learned["scale"], leaf.dtype)
 
 
+def _check(patterns: Any, key: Any, axes: Any) -> None:
+    check_key(key)
+    check_count("patterns", patterns)
+    if patterns > MAX_PATTERNS:
+        raise ValueError(f"patterns is {patterns}: at most {MAX_PATTERNS} are told apart")
+    if not isinstance(axes, tuple) or not axes:
+        raise TypeError(f"axes must be a tuple of axes, such as (-4, -3), not {axes!r:.60}")
+    for axis in axes:
+        check_count("axes", axis, least=-(1 << 31))
+    if list(axes) != sorted(set(axes)) or axes[-1] >= 0:
+        raise ValueError(f"axes must be negative and ascending, such as (-4, -3), not {axes}")
+
+
 def _blocks(path: str, leaf: Any, patterns: int, axes: tuple[int, ...]) -> Blocks:
     """The whole of each axis that makes up a kernel, once it is clear that there is one."""
-    fits = isinstance(axes, tuple) and axes and list(axes) == sorted(set(axes)) and axes[-1] < 0
-    if not fits:
-        raise ValueError(f"axes must be negative and ascending, such as (-4, -3), not {axes}")
     if -axes[0] > leaf.ndim:
         raise ValueError(
             f"{path}: shape {tuple(leaf.shape)} has no axes {axes}: name those of one kernel with "
@@ -225,9 +234,9 @@ def _blocks(path: str, leaf: Any, patterns: int, axes: tuple[int, ...]) -> Block
     kernels = leaf.size
     for size, _ in blocks:
         kernels //= size
-    if patterns > min(kernels, MAX_PATTERNS):
+    if patterns > kernels:
         raise ValueError(
-            f"{path}: {patterns} patterns for {kernels} kernels: ask for at most "
-            f"{min(kernels, MAX_PATTERNS)}, or leave this leaf out with a None rule"
+            f"{path}: {patterns} patterns for {kernels} kernels: ask for at most {kernels}, "
+            "or leave this leaf out with a None rule"
         )
     return blocks

@@ -318,7 +318,18 @@ def packed(leaf: Array, codebook: Array, indices: Array, layout: Layout) -> Code
         codebook = jnp.pad(codebook, [(0, 0)] * (codebook.ndim - 1) + [(1, 0)])
         dtype = jnp.uint8 if codebook.shape[-1] <= 256 else jnp.uint16
         indices = jnp.where(zero, 0, indices.astype(jnp.uint32) + 1).astype(dtype)
-    return CodebookArray.from_indices(indices, codebook, leaf.dtype, axis)
+    return as_leaf(leaf, codebook, indices, layout)
+
+
+def as_leaf(leaf: Array, codebook: Array, indices: Array, layout: Layout) -> CodebookArray:
+    """A leaf of the values that indices stand for; may be traced.
+
+    Example:
+        >>> book, indices = jnp.array([1.0, 2.0]), jnp.array([1, 1], jnp.uint8)
+        >>> as_leaf(jnp.array([0.0, 5.0]), book, indices, Layout(2)).decode()
+        Array([2., 2.], dtype=float32)
+    """
+    return CodebookArray.from_indices(indices, codebook, leaf.dtype, _from_the_end(leaf, layout))
 
 
 def _from_the_end(leaf: Array, layout: Layout) -> int | None:

@@ -49,24 +49,28 @@ class VectorFormat:
     clusters: int = 256
     length: int = 8
     stages: int = 1
-    axis: int | None = None
-    per_space: bool = False
+    axis: Any = None
+    per_space: Any = False
 
     def __post_init__(self) -> None:
         for name in ("clusters", "length", "stages"):
             check_count(name, getattr(self, name))
+        if self.axis is not None:
+            check_count("axis", self.axis, least=-(1 << 31))
+        if not isinstance(self.per_space, bool):
+            raise TypeError(f"per_space must be True or False, not {self.per_space!r:.60}")
         if self.clusters > MAX_CLUSTERS:
             raise ValueError(f"clusters must be 1 to {MAX_CLUSTERS}, not {self.clusters}")
 
 
 def vector_codebook(
     x: Any,
-    format: VectorFormat,
+    format: Any,
     *,
     key: Any,
     importance: Any = None,
-    iterations: int = 25,
-    sweeps: int = 10,
+    iterations: Any = 25,
+    sweeps: Any = 10,
 ) -> VectorCodebookArray:
     """Replace an array by indices into codebooks of vectors, found by k-means.
 
@@ -101,8 +105,11 @@ def vector_codebook(
     Source: Jégou et al., "Product quantization for nearest neighbor search", 2011; Gong et al.,
     "Compressing deep convolutional networks using vector quantization", 2014, section 3.2.
     """
+    _check_format(format)
     tree_lib.check_weight("x", x)
     check_key(key)
+    check_count("iterations", iterations, 0)
+    check_count("sweeps", sweeps, 0)
     blocks = _blocks("x", x, format, None)
     x = jnp.asarray(x)
     weight = _importance("x", x, importance)
@@ -112,7 +119,7 @@ def vector_codebook(
 
 def vector_codebooks(
     params: Params,
-    format: VectorFormat,
+    format: Any,
     *,
     key: Any,
     importance: Mapping[str, Any] | None = None,
@@ -144,7 +151,7 @@ def vector_codebooks(
 
 
 def train_vectors(
-    format: VectorFormat,
+    format: Any,
     *,
     key: Any,
     begin: int = 0,
@@ -184,8 +191,7 @@ def train_vectors(
     Source: Stock et al., "And the bit goes down: revisiting the quantization of neural networks",
     ICLR 2020, section 3.3 (codewords trained by the gradient averaged over their members).
     """
-    if not isinstance(format, VectorFormat):
-        raise TypeError(f"format must be a share.VectorFormat, not {format!r:.60}")
+    _check_format(format)
     if trace is not None and not isinstance(trace, ModelTrace):
         raise TypeError(f"trace must come from jaxcomp.model.trace, not {trace!r:.60}")
     check_key(key)
@@ -227,6 +233,11 @@ def train_vectors(
         return method.init(params)
 
     return method._replace(init=init)
+
+
+def _check_format(format: Any) -> None:
+    if not isinstance(format, VectorFormat):
+        raise TypeError(f"format must be a share.VectorFormat, not {format!r:.60}")
 
 
 def _fit(

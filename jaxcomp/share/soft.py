@@ -39,6 +39,10 @@ def attend(
     Returns:
         float32, in the shape of the weights. Memory is a few arrays of that shape, whatever K.
 
+    Raises:
+        TypeError: the temperature is no number.
+        ValueError: it is not above 0, or the codebook has no entries or more than one axis.
+
     Example:
         >>> attend(jnp.array([1.5, 2.0]), jnp.array([1.0, 3.0]), 2.0).round(2)
         Array([1.54, 2.  ], dtype=float32)
@@ -46,6 +50,10 @@ def attend(
     Source: Cho et al., "DKM: differentiable k-means clustering layer for neural network
     compression", ICLR 2022, section 3.2, with squared distances.
     """
+    if codebook.ndim != 1 or not codebook.size:
+        raise ValueError(f"a codebook of shape {codebook.shape}: give a row of one entry or more")
+    if not isinstance(temperature, jax.Array):
+        _check_temperature(temperature)
     wide = weights.astype(jnp.float32)
     codebook = codebook.astype(jnp.float32)
     closed = (np.arange(codebook.shape[0]) == 0) & (codebook == 0) & (codebook.shape[0] > 1)
@@ -82,6 +90,8 @@ def _attend_backward(kept: Any, cotangent: Array) -> Any:
         share = jnp.exp((best - _squared(w, entry)) / temperature) / total
         # How the log of the share grows with the weight, times what it moves.
         growth = 2 * (entry[0] - w) / temperature * (entry[0] - seen)
+        # Far beyond what is attended to it may overflow, and 0 times infinity is NaN.
+        growth = jnp.where(share > 0, growth, 0)
         return slope + share * growth, jnp.sum(cotangent * share * (1 - growth))
 
     slope, by_entry = lax.scan(add, jnp.zeros_like(w), (codebook, closed))
@@ -199,10 +209,14 @@ def _checked_temperatures(temperature: Any) -> tuple[float, float]:
     if not isinstance(temperature, (tuple, list)) or len(temperature) != 2:
         raise TypeError(f"temperature must be two numbers, at begin and end, not {temperature!r}")
     for value in temperature:
-        check_amount("temperature", value)
-        if value == 0:
-            raise ValueError("temperature is 0: it must be above 0, such as (1.0, 0.01)")
+        _check_temperature(value)
     return float(temperature[0]), float(temperature[1])
+
+
+def _check_temperature(value: Any) -> None:
+    check_amount("temperature", value)
+    if value == 0:
+        raise ValueError("temperature is 0: it must be above 0, such as 0.01")
 
 
 def _attend_leaf(leaf: Array, book: Array, temperature: Array, layout: Layout) -> Array:

@@ -71,6 +71,16 @@ def test_fewer_distinct_values_than_clusters_are_exact(x):
     np.testing.assert_allclose(share.kmeans(x, 8).decode(), x, atol=1e-7)
 
 
+def test_one_shot_inside_of_transformations():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 8)), jnp.float32)
+    x = x.at[:, 0].set(0.0)
+    alone = np.stack([share.kmeans(each, 4).decode() for each in x])
+    decoded = jax.jit(lambda x: share.kmeans(x, 4).decode())
+    np.testing.assert_array_equal(decoded(x[0]), alone[0])
+    leaves = jax.vmap(lambda x: share.codebooks({"kernel": x}, 4)["kernel"])(x)
+    np.testing.assert_array_equal(leaves.decode(), alone)
+
+
 def test_dense_before_begin_and_shared_from_it_on():
     params = methods.params()
     method = share.train(4, begin=3)

@@ -165,6 +165,13 @@ def test_soft_assignment_holds_nothing_of_weights_times_centroids():
     assert "64,500" not in text
 
 
+def test_the_gradient_of_a_sharp_attention_stays_finite():
+    weights, book = jnp.array([[-1.0, 0.5]]), jnp.array([-1.0, 3e3])
+    total = lambda w, c: share.attend(w, c, 1e-34).sum()
+    for slope in jax.grad(total, (0, 1))(weights, book):
+        assert np.isfinite(slope).all()
+
+
 def test_soft_ends_hard():
     params = methods.params()
     method = share.soft(4, 1, end=4, temperature=(1.0, 0.1))

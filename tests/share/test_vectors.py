@@ -160,7 +160,7 @@ def test_hashing_refuses_what_does_not_fit():
         (dict(buckets=0), "buckets is 0"),
         (dict(buckets=385), "at most 384"),
         (dict(buckets=2, seed=1 << 32), "32-bit"),
-        (dict(buckets=2, importance=x[0]), "importance of shape"),
+        (dict(buckets=2, importance=x[0]), "one number a weight"),
     ]:
         with pytest.raises(ValueError, match=words):
             share.hashed(x, **options)
@@ -212,3 +212,39 @@ def test_leaves_come_back_from_a_file(tmp_path):
     back = jaxcomp.load(tmp_path / "model.jxc")
     for name, leaf in tree.items():
         np.testing.assert_array_equal(back[name].decode(), leaf.decode())
+
+
+WEIGHT = jnp.ones((4, 4))
+KEY = jax.random.key(0)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: share.VectorFormat(axis="last"), TypeError, "axis must be a whole number"),
+        (lambda: share.VectorFormat(per_space=1), TypeError, "per_space must be True or False"),
+        (lambda: share.vector_codebook(WEIGHT, "4", key=KEY), TypeError, "share.VectorFormat"),
+        (
+            lambda: share.vector_codebook(WEIGHT, share.VectorFormat(2, 2), key=KEY, sweeps=-1),
+            ValueError,
+            "sweeps is -1",
+        ),
+        (
+            lambda: share.vector_codebook(WEIGHT, share.VectorFormat(2, 2), key=KEY, iterations=""),
+            TypeError,
+            "iterations must be a whole number",
+        ),
+        (lambda: share.hashed(WEIGHT, 2, importance=jnp.ones(3)), ValueError, "one number a"),
+        (lambda: share.hashed(WEIGHT, 2, importance=-WEIGHT), ValueError, "at least 0"),
+        (lambda: share.hashed(WEIGHT, 2, importance=[1.0, 2.0]), ValueError, "importance"),
+        (lambda: share.train_kernel_patterns(1 << 16, key=KEY), ValueError, "at most 32768"),
+        (lambda: share.train_kernel_patterns(2, key=KEY, axes=(0, 1)), ValueError, "ascending"),
+        (lambda: share.train_kernel_patterns(2, key=KEY, axes=-1), TypeError, "tuple of axes"),
+        (lambda: share.train_kernel_patterns(2, key=KEY, axes=(-2.0,)), TypeError, "whole number"),
+        (lambda: share.attend(WEIGHT, jnp.ones(2), 0.0), ValueError, "temperature is 0"),
+        (lambda: share.attend(WEIGHT, jnp.ones(0), 1.0), ValueError, "one entry or more"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_by_name(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
