@@ -1,11 +1,12 @@
-"""Time and inertia of 1-D k-means: our codebooks against scikit-learn's.
+"""Time and inertia of 1-D k-means: our codebooks against kmeans1d's and scikit-learn's.
 
     python benchmarks/kmeans.py --size 1000000 --clusters 256 16
 
 Every row clusters the same float32 Gaussian weights. The inertia, the sum of squared distances to
-the nearest entry, is computed in float64 for every codebook alike. scikit-learn starts once, from
-k-means++, its default; its `fit` assigns the weights too, as "fit and assign" does. The limit is
-the time to read the weights once at the copy bandwidth measured in the same run.
+the nearest entry, is computed in float64 for every codebook alike. kmeans1d finds the optimum of
+all weights, in C++; ours that of a weighted histogram. scikit-learn starts once, from k-means++,
+its default; the `fit` of both assigns the weights too, as "fit and assign" does. The limit is the
+time to read the weights once at the copy bandwidth measured in the same run.
 """
 
 import argparse
@@ -15,10 +16,12 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import kmeans1d
 import numpy as np
 import sklearn
 from rich.console import Console
@@ -82,6 +85,8 @@ def rows(weights: np.ndarray, clusters: int, fast: int, slow: int) -> list[tuple
         fitted = model(clusters, n_init=1, random_state=0).fit(weights[:, None])
         return fitted.cluster_centers_
 
+    # Of the same number of steps; the optimum takes at most ten of them.
+    lloyd = lambda: fit_codebook(ours, clusters, start="companded")
     own = inertia(weights, np.asarray(codebook))
     jax.clear_caches()
     result = [
@@ -89,7 +94,10 @@ def rows(weights: np.ndarray, clusters: int, fast: int, slow: int) -> list[tuple
         ("  the same, in one jit", seconds(lambda: jitted(ours), fast)[0], own),
         ("  fit", seconds(lambda: fit_codebook(ours, clusters), fast)[0], own),
         ("  assign", seconds(lambda: nearest(ours, codebook), fast)[0], None),
+        ("  fit by Lloyd alone", seconds(lloyd, fast)[0], inertia(weights, np.asarray(lloyd()))),
     ]
+    timing, (_, centers) = seconds(lambda: kmeans1d.cluster(weights, clusters), slow, warm=False)
+    result.append(("kmeans1d, the optimum", timing, inertia(weights, np.asarray(centers))))
     for model in (KMeans, MiniBatchKMeans):
         timing, centers = seconds(partial(theirs, model), slow, warm=False)
         result.append((f"sklearn {model.__name__}", timing, inertia(weights, centers)))
@@ -113,7 +121,7 @@ def table(size: int, clusters: int, results: list[tuple], limit: float) -> Table
             f"{timing.processor / base.processor:,.2f}",
             f"{timing.first * 1e3:,.0f}",
             "-" if value is None else f"{value:,.2f}",
-            "-" if value is None else f"{value / own:.4f}",
+            "-" if value is None else f"{value / own:.6f}",
         )
     out.add_row("limit: one read / bandwidth", f"{limit * 1e3:.2f}", "", "1")
     return out
@@ -140,8 +148,9 @@ def main() -> None:
         f"{cpu_model()}, {os.cpu_count()} cores, load {before:.1f} before and "
         f"{os.getloadavg()[0]:.1f} after; copy bandwidth {bandwidth / 1e9:.1f} GB/s; backend "
         f"{jax.default_backend()}; Python {platform.python_version()}, jax {jax.__version__}, "
-        f"numpy {np.__version__}, scikit-learn {sklearn.__version__}; medians of "
-        f"{options.repeats} calls, {options.slow_repeats} of scikit-learn.",
+        f"numpy {np.__version__}, scikit-learn {sklearn.__version__}, kmeans1d "
+        f"{version('kmeans1d')}; medians of {options.repeats} calls, "
+        f"{options.slow_repeats} of the others.",
     )
 
 
