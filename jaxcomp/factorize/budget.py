@@ -69,7 +69,7 @@ class Allocation(NamedTuple):
         )
 
 
-def allocate(spectra: Spectra, budget: Any) -> Allocation:
+def allocate(spectra: Any, budget: Any) -> Allocation:
     """Choose the rank of each leaf so that the model fits a budget and little is lost.
 
     Every leaf begins at rank 1 (or dense, where no rank saves anything). Then whatever takes off
@@ -85,7 +85,7 @@ def allocate(spectra: Spectra, budget: Any) -> Allocation:
         The ranks, and a bound that tells how far from the best they can be.
 
     Raises:
-        TypeError: no budget, or one that is no number.
+        TypeError: no spectra, no budget, or one that is no number.
         ValueError: not exactly one kind; a budget that even rank 1 exceeds; FLOPs of a model that
             was not read.
 
@@ -100,6 +100,8 @@ def allocate(spectra: Spectra, budget: Any) -> Allocation:
         c         2   0.667
         parameters: 32, dense 52 (61.5%); error 0.7024, at least 0.2093
     """
+    if not isinstance(spectra, Spectra):
+        raise TypeError(f"spectra must come from factorize.spectra, not {spectra!r:.60}")
     kind, limit = _limit(spectra, budget)
     tables = {path: _choices(spectrum, kind) for path, spectrum in spectra.leaves.items()}
     fixed = spectra.totals[kind] - sum(_dense_cost(s, kind) for s in spectra.leaves.values())

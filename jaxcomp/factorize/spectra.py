@@ -168,7 +168,7 @@ def spectra(
     return Spectra(params, leaves, left, totals)
 
 
-def truncated(found: Spectra, ranks: Mapping[str, int | None]) -> Any:
+def truncated(found: Any, ranks: Mapping[str, int | None]) -> Any:
     """The model at chosen ranks.
 
     Args:
@@ -180,7 +180,7 @@ def truncated(found: Spectra, ranks: Mapping[str, int | None]) -> Any:
 
     Raises:
         ValueError: no such leaf, or a rank that saves nothing.
-        TypeError: a rank is no whole number.
+        TypeError: no spectra, or a rank is no whole number.
 
     Example:
         >>> import jax.numpy as jnp
@@ -188,6 +188,8 @@ def truncated(found: Spectra, ranks: Mapping[str, int | None]) -> Any:
         >>> truncated(found, {"w": 1})["w"]
         LowRankArray(shape=(3, 3), dtype=float32, rank 1, 24 bytes)
     """
+    if not isinstance(found, Spectra):
+        raise TypeError(f"found must come from factorize.spectra, not {found!r:.60}")
     news = tree_lib.Leaves()
     for path, rank in ranks.items():
         if path not in found.leaves:

@@ -61,8 +61,8 @@ class RanksToAccuracy(NamedTuple):
 
 
 def to_accuracy(
-    found: Spectra,
-    evaluate: Callable[[Any], Any],
+    found: Any,
+    evaluate: Any,
     max_drop: float,
     *,
     tolerance: float = 0.01,

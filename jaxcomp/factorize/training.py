@@ -1,5 +1,6 @@
 """Low rank while training: the factors are what gradients train."""
 
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -44,8 +45,8 @@ def train(rule: Any, begin: Any = 0, forms: Mapping[str, MatrixForm] | None = No
     its output, whenever it was removed: a mask is then packed beside the factors.
 
     A leaf whose factors would hold no fewer numbers than it does, or whose axes do not tell, is
-    handed on as it is. What the model computes with is the product; to compute with the factors
-    themselves is for :func:`~jaxcomp.factorize.low_rank_apply`.
+    handed on as it is, and ``init`` warns of it. What the model computes with is the product; to
+    compute with the factors themselves is for :func:`~jaxcomp.factorize.low_rank_apply`.
 
     Args:
         rule: a :class:`LowRank`: the rank, and how kernels are split. By energy, it is measured by
@@ -100,6 +101,9 @@ def train(rule: Any, begin: Any = 0, forms: Mapping[str, MatrixForm] | None = No
             found[path] = fit(leaf) if begin == 0 else _zeros(fit, leaf)
         if not found:
             raise ValueError(f"there is no weight to factorize: {'; '.join(reasons)}")
+        if reasons:
+            words = "leave them out with a None rule, or choose a smaller rank"
+            warnings.warn(f"left dense: {'; '.join(reasons)}: {words}", stacklevel=2)
         leaves = tree_lib.take(params, found)
         shapes = tuple((path, tuple(leaf.shape)) for path, leaf in leaves.items())
         return State(found, LowRankBuffers(jnp.zeros((), jnp.int32), shapes))

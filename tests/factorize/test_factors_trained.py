@@ -26,12 +26,14 @@ def model(p, x):
 
 
 def test_flax_layouts_and_those_of_the_program():
-    state = train(LowRank(1)).init(PARAMS)
+    with pytest.warns(UserWarning, match="left dense: q/kernel: the axes"):
+        state = train(LowRank(1)).init(PARAMS)
     # Three axes do not tell; one column saves nothing at rank 2 and some at rank 1.
     assert sorted(state.learned) == ["conv/kernel", "out/kernel"]
     forms = read_forms(model, PARAMS, jnp.ones((2, 5, 5, 4)))
     method = train(LowRank((2, 3), split="tucker"), forms=forms)
-    state = method.init(PARAMS)
+    with pytest.warns(UserWarning, match="left dense: out/kernel: rank 2 saves"):
+        state = method.init(PARAMS)
     shapes = {p: [f.shape for f in factors] for p, factors in state.learned.items()}
     assert shapes["conv/kernel"] == [(4, 2), (2, 3, 3, 3), (3, 6)]
     assert shapes["q/kernel"] == [(6, 2), (2, 2, 4)]

@@ -164,6 +164,8 @@ def test_the_lowest_ranks_within_bounds(tmp_path):
     ("call", "error", "words"),
     [
         (lambda: allocate(FOUND, 0.5), TypeError, r"Budget\(bytes=0.5\)"),
+        (lambda: allocate(PARAMS, Budget(bytes=0.5)), TypeError, "factorize.spectra"),
+        (lambda: truncated(PARAMS, {"first/kernel": 1}), TypeError, "factorize.spectra"),
         (lambda: allocate(FOUND, Budget()), ValueError, "of one of"),
         (lambda: allocate(FOUND, Budget(bytes=0.5, flops=0.5)), ValueError, "of one of"),
         (lambda: allocate(FOUND, Budget(bytes="few")), TypeError, "must be a number"),

@@ -78,10 +78,13 @@ def begin_coded(leaf: Float[Array, "..."], format: Format, step: float | None) -
 
     def size(leaf: Array) -> Array:
         wide = jax.lax.stop_gradient(leaf).astype(jnp.float32)
+        # A power of two, which changes no digit, keeps the squares within float32.
+        _, exponent = jnp.frexp(jnp.max(jnp.abs(wide)))
+        wide = jnp.ldexp(wide, -exponent)
         shape = jax.eval_shape(lambda x: find_scales(x, format).scale, wide).shape
         spread = lambda field: spread_scales(Scales(field), wide.shape, format).scale
         (total,) = jax.linear_transpose(spread, jnp.zeros(shape))(wide * wide)
-        mean = jnp.sqrt(total / (wide.size // math.prod(shape)))
+        mean = jnp.ldexp(jnp.sqrt(total / (wide.size // math.prod(shape))), exponent)
         given = jnp.full(shape, _STEP_OF_ZEROS if step is None else step, jnp.float32)
         return _log_step(given if step is not None else jnp.where(mean > 0, mean / 2, given))
 

@@ -150,7 +150,9 @@ def rate_distortion(
     def update(params: Params, state: State, grads: Params) -> State:
         now, learned = jnp.asarray(optax.safe_increment(state.buffers.step)), state.learned
         kept, formats = state.buffers.second_order, {p: form for p, _, form in state.buffers.leaves}
-        if settle is not None and grads is not None:
+        if settle is not None:
+            if grads is None:
+                raise ValueError("settle needs gradients: update(params, state, grads)")
             cost, seen = price(now), tree_lib.take(grads, kept)
 
             def margins(path: str) -> Callable[[Array], Array]:
@@ -178,7 +180,7 @@ def rate_distortion(
     return Compression(init, apply, update, pack)
 
 
-def estimated_bits(params: Params, state: State) -> dict[str, Float[Array, ""]]:
+def estimated_bits(params: Params, state: Any) -> dict[str, Float[Array, ""]]:
     """The bits that each leaf's codes will take in the file; differentiable.
 
     The container, the scales and what the coder pays to learn the density are not in them.
@@ -193,6 +195,7 @@ def estimated_bits(params: Params, state: State) -> dict[str, Float[Array, ""]]:
         through, and to what is learned.
 
     Raises:
+        TypeError: ``state`` is none, such as that of a whole optimizer.
         ValueError: no leaf has a density in this state, or a leaf is missing or of another shape.
 
     Example:
@@ -201,6 +204,8 @@ def estimated_bits(params: Params, state: State) -> dict[str, Float[Array, ""]]:
         >>> estimated_bits(params, state)
         {'kernel': Array(9., dtype=float32)}
     """
+    if not isinstance(state, State):
+        raise TypeError(f"state must be that of a method, not {state!r:.60}")
     found = {}
     for path, learned in state.learned.items():
         for node in jax.tree.leaves(learned, is_leaf=lambda node: isinstance(node, Coded)):

@@ -46,6 +46,10 @@ def train(method, steps=300):
     return params, state, float(value)
 
 
+def settling():
+    return quantize.rate_distortion(0.01, FORMAT, step=0.2, settle=2, examples=5)
+
+
 def total_bits(params, state):
     bits = quantize.estimated_bits(params, state.compression)
     return sum(float(each) for each in bits.values())
@@ -104,7 +108,7 @@ def test_pruned_weights_stay_zero_behind_the_masks():
 
 
 def test_codes_settle_where_the_loss_bends_least():
-    method = quantize.rate_distortion(0.01, FORMAT, step=0.2, settle=2, examples=5)
+    method = settling()
     params = {"kernel": jnp.array([[0.15, 0.15], [0.25, -0.45]], jnp.float32)}
     grads = {"kernel": jnp.array([[0.1, 1.0], [0.0, 1.0]], jnp.float32)}
     state = method.init(params)
@@ -141,7 +145,8 @@ def test_steps_are_powers_of_two_with_lines_between():
 
 def test_leaves_that_are_all_zero_or_all_equal_begin_somewhere():
     method = quantize.rate_distortion(0.0)
-    for kernel, step in ((jnp.zeros((2, 3)), 0.05), (jnp.full((2, 3), -3.0), 1.5)):
+    equal = [(jnp.full((2, 3), -3.0 * size), 1.5 * size) for size in (1.0, 2.0**70, 2.0**-70)]
+    for kernel, step in ((jnp.zeros((2, 3)), 0.05), *equal):
         state = method.init({"kernel": kernel})
         found = np.asarray(step_of(state.learned["kernel"].log_step))
         np.testing.assert_allclose(found, step, rtol=1e-6)
@@ -164,6 +169,12 @@ def test_leaves_that_are_all_zero_or_all_equal_begin_somewhere():
             ValueError,
             "kernel",
         ),
+        (
+            lambda: settling().update(PARAMS, settling().init(PARAMS), None),
+            ValueError,
+            "settle needs gradients",
+        ),
+        (lambda: quantize.estimated_bits(PARAMS, PARAMS), TypeError, "that of a method"),
         (
             lambda: quantize.estimated_bits(PARAMS, jaxcomp.identity().init(PARAMS)),
             ValueError,
