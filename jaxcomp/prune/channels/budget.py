@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxcomp.model.timing import milliseconds
+
 _WORDS = {
     "flops": "FLOPs",
     "macs": "MACs",
@@ -222,7 +224,7 @@ def meet_time(
     def fits(level: int) -> bool:
         run = prepare(select(level))
         run()
-        samples.setdefault(level, []).extend(_milliseconds(run, clock) for _ in range(repeats))
+        samples.setdefault(level, []).extend(milliseconds(run, clock) for _ in range(repeats))
         tick(f"level {level} of {levels}: {medians()[level]:.3g} ms")
         return medians()[level] <= limit
 
@@ -241,12 +243,6 @@ def meet_time(
                 return Met(level, select(level), found[level], found[0], limit, found)
     found = medians()
     raise ValueError(_unmet(budget, limit, min(found.values()), found[0]))
-
-
-def _milliseconds(run: Callable[[], Any], clock: Callable[[], float]) -> float:
-    start = clock()
-    run()
-    return (clock() - start) * 1000
 
 
 def _unmet(budget: Budget, limit: int | float, least: int | float, dense: int | float) -> str:
