@@ -5,6 +5,7 @@ in ``_numbers`` makes arrays of a candidate and what ends in ``_of`` the thing o
 that one vmapped program trains candidates of different kinds side by side.
 """
 
+from jaxcomp.search.ready.compressing import compressions, setting
 from jaxcomp.search.ready.descent import (
     OptimizerState,
     optimizer,
@@ -13,6 +14,7 @@ from jaxcomp.search.ready.descent import (
     optimizers,
 )
 from jaxcomp.search.ready.menu import Numbers, stack
+from jaxcomp.search.ready.networks import Network, cnn, cnns, mlp, mlps
 from jaxcomp.search.ready.nonlinearities import (
     activation,
     activation_numbers,
@@ -28,6 +30,7 @@ from jaxcomp.search.ready.rates import (
 )
 
 __all__ = [
+    "Network",
     "Numbers",
     "OptimizerState",
     "ScheduleNumbers",
@@ -35,6 +38,11 @@ __all__ = [
     "activation_numbers",
     "activation_of",
     "activations",
+    "cnn",
+    "cnns",
+    "compressions",
+    "mlp",
+    "mlps",
     "optimizer",
     "optimizer_numbers",
     "optimizer_of",
@@ -43,5 +51,6 @@ __all__ = [
     "schedule_numbers",
     "schedule_of",
     "schedules",
+    "setting",
     "stack",
 ]
