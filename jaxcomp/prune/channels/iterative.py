@@ -11,7 +11,9 @@ import numpy as np
 
 from jaxcomp import tree as tree_lib
 from jaxcomp.checkpoint.resuming import describe, file_in
+from jaxcomp.model.placement import at_once, on_host
 from jaxcomp.model.progress import watched
+from jaxcomp.model.removed import Kept, Size, kept_positions, size_of
 from jaxcomp.prune.channels import scores as channel_scores
 from jaxcomp.prune.channels.budget import Budget
 from jaxcomp.prune.channels.removal import (
@@ -26,8 +28,8 @@ from jaxcomp.prune.channels.removal import (
 )
 from jaxcomp.prune.channels.resume import FILE, Point, read_point, write_point
 from jaxcomp.prune.channels.selection import Scope
-from jaxcomp.prune.channels.shrink import at_once, on_host, shrink
-from jaxcomp.prune.channels.smaller_model import Kept, Size, SmallerModel, kept_positions, size_of
+from jaxcomp.prune.channels.shrink import shrink
+from jaxcomp.prune.channels.smaller_model import SmallerModel
 from jaxcomp.prune.schedules import check_sparsity
 from jaxcomp.sharding import automatic, spec_like
 

@@ -9,7 +9,9 @@ import numpy as np
 from jaxcomp import tree as tree_lib
 from jaxcomp.arrays import is_compressed
 from jaxcomp.model.couple import ChannelGroup, Coupling, analyse
+from jaxcomp.model.placement import on_host
 from jaxcomp.model.program import read
+from jaxcomp.model.removed import kept_positions, masked, size_of
 from jaxcomp.model.rewrite import rewrite
 from jaxcomp.prune.channels import scores as channel_scores
 from jaxcomp.prune.channels.budget import Budget, Met, meet, meet_time
@@ -25,8 +27,8 @@ from jaxcomp.prune.channels.selection import (
     removal_order,
     shortfalls,
 )
-from jaxcomp.prune.channels.shrink import on_host, shrink
-from jaxcomp.prune.channels.smaller_model import SmallerModel, kept_positions, masked, size_of
+from jaxcomp.prune.channels.shrink import shrink
+from jaxcomp.prune.channels.smaller_model import SmallerModel
 
 # Fixed for every model alike, and no news: not worth a line of the print-out.
 _PLAIN_REASONS = ("is an axis of the model's", "slides along it", "walks along it")
