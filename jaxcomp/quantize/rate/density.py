@@ -23,8 +23,9 @@ class CodeDensity(NamedTuple):
 
     Attributes:
         nonzero: scalar; of a code not being zero.
-        axes: for each axis of the leaf, what each index adds to ``nonzero``; an axis of size 1,
-            and the axis of a vector, has a single 0 that is not used.
+        axes: for each axis of the leaf, what each index adds to ``nonzero``, of size 1 along all
+            others, so that it is cut with the leaf; an axis of size 1, and the axis of a vector,
+            has a single 0 that is not used.
         more: at ``k - 1``, of a magnitude being above ``k`` where it is at least ``k``.
     """
 
@@ -45,10 +46,10 @@ def initial_density(shape: tuple[int, ...], high: int) -> CodeDensity:
 
     Example:
         >>> initial_density((1, 3), 3)
-        CodeDensity(nonzero=Array(0., dtype=float32), axes=(Array([0.], dtype=float32),
-        Array([0., 0., 0.], dtype=float32)), more=Array([0., 0.], dtype=float32))
+        CodeDensity(nonzero=Array(0., dtype=float32), axes=(Array([[0.]], dtype=float32),
+        Array([[0., 0., 0.]], dtype=float32)), more=Array([0., 0.], dtype=float32))
     """
-    axes = tuple(jnp.zeros(size if len(shape) > 1 else 1, jnp.float32) for size in shape)
+    axes = tuple(jnp.zeros(along, jnp.float32) for along in _along_each(shape))
     return CodeDensity(jnp.zeros((), jnp.float32), axes, jnp.zeros(high - 1, jnp.float32))
 
 
@@ -107,9 +108,9 @@ def nonzero_logits(density: CodeDensity, rank: int) -> Float[Array, "..."]:
     """
     total = jnp.reshape(density.nonzero, (1,) * rank)
     if rank > 1:
-        for axis, logits in enumerate(density.axes):
-            if logits.shape[-1] > 1:
-                total = total + jnp.expand_dims(logits, [i for i in range(rank) if i != axis])
+        for logits in density.axes:
+            if logits.size > 1:
+                total = total + logits
     return total
 
 
@@ -158,7 +159,7 @@ def prior_bits(density: CodeDensity) -> Float[Array, ""]:
 
     Example:
         >>> density = initial_density((2, 2), 1)
-        >>> prior_bits(density._replace(axes=(jnp.array([2.0, 0.0]), jnp.zeros(2)))).round(4)
+        >>> prior_bits(density._replace(axes=(jnp.array([[2.0], [0.0]]),))).round(4)
         Array(0.7213, dtype=float32)
     """
     squares = sum(jnp.sum(logits**2) for logits in density.axes)
@@ -187,18 +188,19 @@ def fitted_density(codes: np.ndarray, high: int, rounds: int = 20) -> CodeDensit
     some = (sizes > 0).astype(np.float64)
     count = some.sum()
     base = math.log(count + 0.5) - math.log(some.size - count + 0.5)
-    axes = [np.zeros(n if codes.ndim > 1 else 1) for n in codes.shape]
+    axes = [np.zeros(along) for along in _along_each(codes.shape)]
     used = [i for i, n in enumerate(codes.shape) if codes.ndim > 1 and n > 1]
     for _ in range(rounds if used and codes.size else 0):
         for axis in used:
             others = tuple(i for i in range(codes.ndim) if i != axis)
-            p = _sigmoid(base + _total(axes, used, codes.ndim))
-            slope = (some - p).sum(others) - axes[axis] / _DEVIATION**2
-            bend = np.broadcast_to(p * (1 - p), codes.shape).sum(others) + 1 / _DEVIATION**2
+            p = _sigmoid(base + _total(axes, used))
+            curve = np.broadcast_to(p * (1 - p), codes.shape)
+            slope = (some - p).sum(others, keepdims=True) - axes[axis] / _DEVIATION**2
+            bend = curve.sum(others, keepdims=True) + 1 / _DEVIATION**2
             moved = axes[axis] + np.clip(slope / bend, -2, 2)
             # At the optimum they add up to 0: else they would crawl there.
             axes[axis], base = moved - moved.mean(), base + float(moved.mean())
-        p = _sigmoid(base + _total(axes, used, codes.ndim))
+        p = _sigmoid(base + _total(axes, used))
         bend = max(float(np.broadcast_to(p * (1 - p), codes.shape).sum()), 1e-6)
         base += float(np.clip((some - p).sum() / bend, -2, 2))
     return CodeDensity(
@@ -208,11 +210,15 @@ def fitted_density(codes: np.ndarray, high: int, rounds: int = 20) -> CodeDensit
     )
 
 
-def _total(axes: list[np.ndarray], used: list[int], rank: int) -> np.ndarray:
-    total = np.zeros((1,) * rank)
-    for axis in used:
-        total = total + np.expand_dims(axes[axis], [i for i in range(rank) if i != axis])
-    return total
+def _along_each(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """For each axis the shape that lies along it; of a vector, which has no other axis, one."""
+    ones = [1] * len(shape)
+    rows = [(*ones[:axis], size, *ones[axis + 1 :]) for axis, size in enumerate(shape)]
+    return rows if len(shape) > 1 else [(1,)] * len(shape)
+
+
+def _total(axes: list[np.ndarray], used: list[int]) -> np.ndarray:
+    return np.asarray(sum(axes[axis] for axis in used))
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:

@@ -15,7 +15,10 @@ HIGH = 3
 def some_density(shape):
     return CodeDensity(
         jnp.float32(-0.7),
-        tuple(jnp.asarray(RNG.normal(size=n), jnp.float32) for n in shape),
+        tuple(
+            jnp.asarray(RNG.normal(size=np.where(np.arange(len(shape)) == axis, n, 1)), jnp.float32)
+            for axis, n in enumerate(shape)
+        ),
         jnp.asarray(RNG.normal(size=HIGH - 1), jnp.float32),
     )
 

@@ -9,7 +9,7 @@ import pytest
 import jaxcomp
 from jaxcomp import prune, quantize
 from jaxcomp.quantize import Format, PerTensor
-from jaxcomp.quantize.rate.coded import step_of
+from jaxcomp.quantize.rate.coded import Coded, step_of
 
 PENALTY = 0.02
 FORMAT = Format(4, granularity=PerTensor())
@@ -105,6 +105,55 @@ def test_pruned_weights_stay_zero_behind_the_masks():
     assert (seen[np.asarray(params["kernel"]) == 0] == 0).all()
     assert (np.asarray(params["kernel"]) == 0).sum() == 12
     assert set(quantize.estimated_bits(params, state.compression)) == {"kernel"}
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_training_goes_on_when_channels_have_left(pruned, tmp_path):
+    def model(params, x):
+        hidden = jax.nn.relu(x @ params["up"]["kernel"] + params["up"]["bias"])
+        return hidden @ params["down"]["kernel"]
+
+    params = {
+        "up": {"kernel": jnp.asarray(RNG.normal(size=(6, 8)), jnp.float32), "bias": jnp.ones(8)},
+        "down": {"kernel": jnp.asarray(RNG.normal(size=(8, 4)), jnp.float32)},
+    }
+    method = everything(quantize.rate_distortion(1e-4, step=0.1, settle=5, examples=256))
+    if pruned:
+        masks = prune.gradual(prune.scores.magnitude, prune.cubic(0.5, begin=0, end=2), every=1)
+        method = jaxcomp.chain(masks, method)
+    tx = jaxcomp.wrap_optimizer(optax.adam(1e-2), method)
+
+    @jax.jit
+    def step(params, state):
+        error = lambda p: jnp.mean((model(jaxcomp.compressed(p, state), X) - Y) ** 2)
+        updates, state = tx.update(jax.grad(error)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for _ in range(3):
+        params, state = step(params, state)
+    smaller = prune.channels(model, params, X, sparsity=0.25)
+    kept = smaller.shrink(state)
+    assert jax.tree.structure(kept) == jax.tree.structure(tx.init(smaller.params))
+    find = lambda state: jax.tree.leaves(
+        state.compression.learned["up/kernel"], is_leaf=lambda node: isinstance(node, Coded)
+    )[-1]
+    rows, columns = find(kept).density.axes
+    assert (rows.shape, columns.shape) == ((6, 1), (1, 6))
+    np.testing.assert_array_equal(rows, find(state).density.axes[0])
+    assert np.isin(columns, find(state).density.axes[1]).all()
+    params, state = smaller.params, kept
+    for _ in range(3):
+        params, state = step(params, state)
+    seen = jaxcomp.compressed(params, state)
+    jaxcomp.save(tmp_path / "model.jxc", jaxcomp.pack(params, state))
+    loaded = jaxcomp.decode(jaxcomp.load(tmp_path / "model.jxc"))
+    jax.tree.map(np.testing.assert_array_equal, loaded, seen)
+    assert seen["up"]["kernel"].shape == (6, 6)
+    if pruned:
+        zeros = np.asarray(params["up"]["kernel"]) == 0
+        assert zeros.any()
+        assert not np.asarray(seen["up"]["kernel"])[zeros].any()
 
 
 def test_codes_settle_where_the_loss_bends_least():
