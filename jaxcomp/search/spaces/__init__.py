@@ -23,16 +23,17 @@ taken apart, and two parts that would share one are refused.
 """
 
 from jaxcomp.search.spaces.described import as_json, describe, digest
-from jaxcomp.search.spaces.kinds import Choice, Continuous, Integer, Repeat
+from jaxcomp.search.spaces.kinds import Choice, Continuous, Integer, Part, Repeat
 from jaxcomp.search.spaces.listed import count, enumerate_points
 from jaxcomp.search.spaces.moves import cross, generator, mutate, sample
-from jaxcomp.search.spaces.numbers import from_unit, size, to_unit
+from jaxcomp.search.spaces.numbers import from_unit, nth, size, to_unit
 from jaxcomp.search.spaces.points import decode, encode, every_part, frozen, parts, walk
 
 __all__ = [
     "Choice",
     "Continuous",
     "Integer",
+    "Part",
     "Repeat",
     "as_json",
     "count",
@@ -47,6 +48,7 @@ __all__ = [
     "frozen",
     "generator",
     "mutate",
+    "nth",
     "parts",
     "sample",
     "size",
