@@ -134,8 +134,9 @@ def crowding(costs: Any) -> np.ndarray:
         order = np.argsort(column, kind="stable")
         ordered = column[order]
         result[order[[0, -1]]] = np.inf
-        extent = ordered[-1] - ordered[0]
-        if np.isfinite(extent) and extent > 0:
+        # Infinite costs are those of trials without values, which nothing is between.
+        if np.isfinite(ordered[[0, -1]]).all() and ordered[-1] > ordered[0]:
+            extent = ordered[-1] - ordered[0]
             result[order[1:-1]] += (ordered[2:] - ordered[:-2]) / extent
     return result
 

@@ -69,9 +69,7 @@ class Log(NamedTuple):
 
 
 @contextlib.contextmanager
-def opened(
-    file: str | os.PathLike | None, header: Mapping[str, Any], check: Callable[[Point], Any]
-) -> Iterator[Log]:
+def opened(file: Any, header: Mapping[str, Any], check: Callable[[Point], Any]) -> Iterator[Log]:
     """Open a study's file to go on with it, or begin it.
 
     The file is locked for as long (``flock``; not on Windows, and on network drives only where
@@ -111,7 +109,7 @@ def opened(
         os.close(handle)
 
 
-def read(file: str | os.PathLike) -> tuple[dict[str, Any], Kept]:
+def read(file: Any) -> tuple[dict[str, Any], Kept]:
     """What is in a study's file, which is left as it is; also while a search writes it.
 
     Args:

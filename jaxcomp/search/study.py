@@ -94,15 +94,15 @@ class Study(NamedTuple):
 
 def run(
     space: Any,
-    evaluate: Callable[[list[Any]], Any],
-    strategy: Strategy,
+    evaluate: Any,
+    strategy: Any,
     *,
     objectives: Any,
     key: Any,
     stop: Any,
     constraints: Any = None,
-    file: str | os.PathLike | None = None,
-    batch: int = 1,
+    file: Any = None,
+    batch: Any = 1,
     progress: bool | None = None,
 ) -> Study:
     """Search a space.
@@ -171,7 +171,7 @@ def run(
     return Study(space, goal.objectives, goal.constraints, tuple(trials), reason)
 
 
-def load(file: str | os.PathLike, space: Any) -> Study:
+def load(file: Any, space: Any) -> Study:
     """A study from its file, which is left as it is; also while a search is writing it.
 
     Args:

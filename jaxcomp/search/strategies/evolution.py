@@ -16,7 +16,7 @@ class _State(NamedTuple):
     population: tuple[Trial, ...]  # the youngest last
 
 
-def evolution(population: int = 50, sample_size: int = 10, spread: float | None = None) -> Strategy:
+def evolution(population: Any = 50, sample_size: Any = 10, spread: Any = None) -> Strategy:
     """Children of the best of a few drawn from the youngest: who is old leaves, however good.
 
     The first ``population`` points are drawn from the space. Each later one changes one part of the

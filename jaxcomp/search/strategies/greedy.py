@@ -19,7 +19,7 @@ class _Context(NamedTuple):
     waiting: tuple[str, ...]  # parts to change before the search has come round
 
 
-def greedy(start: Any = None, levels: int = 8) -> Strategy:
+def greedy(start: Any = None, levels: Any = 8) -> Strategy:
     """All values of one part, the others as they are; the best stays, then comes the next part.
 
     Goes through the parts in the order of the space, as often as something gets better, and ends

@@ -13,7 +13,7 @@ class _State(NamedTuple):
     coming: Point | None
 
 
-def grid(levels: int | None = None) -> Strategy:
+def grid(levels: Any = None) -> Strategy:
     """All points of a space, in its order: the last part changes first.
 
     Takes any number of objectives; ends after the last point.

@@ -26,9 +26,7 @@ class _Context(NamedTuple):
     known: Mapping[Any, Trial]
 
 
-def netadapt(
-    cost: Callable[[Any], Any], budget: float, *, start: Any, step: float = 0.1, levels: int = 16
-) -> Strategy:
+def netadapt(cost: Any, budget: Any, *, start: Any, step: Any = 0.1, levels: Any = 16) -> Strategy:
     """From a large candidate to a budget: each step takes from the part where it does least harm.
 
     Each step lowers the cost by a fraction of the start's. For each part by itself, the costliest

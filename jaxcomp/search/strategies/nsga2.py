@@ -22,7 +22,7 @@ class _State(NamedTuple):
     told: int
 
 
-def nsga2(population: int = 50, crossover: float = 0.9, spread: float | None = 0.1) -> Strategy:
+def nsga2(population: Any = 50, crossover: Any = 0.9, spread: Any = 0.1) -> Strategy:
     """Generations of which the fronts survive, and of a front that is too long the least crowded.
 
     The first generation is drawn from the space. Each later point has as parents the winners of two

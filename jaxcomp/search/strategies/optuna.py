@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from jaxcomp.search.ranking import violation
-from jaxcomp.search.spaces import from_unit, frozen, generator, mutate, to_unit, walk
+from jaxcomp.search.spaces import frozen, generator, mutate, walk
 from jaxcomp.search.spaces.kinds import Choice, Continuous, Integer, Part
 from jaxcomp.search.strategies.history import History, begin, noted, unseen, with_points
 from jaxcomp.search.trials import Direction, Point, Strategy, Trial
@@ -28,10 +28,10 @@ class _State(NamedTuple):
 
 
 def optuna(
-    sampler: Callable[[int], Any] | None = None,
+    sampler: Any = None,
     *,
     storage: Any = None,
-    study_name: str | None = None,
+    study_name: Any = None,
 ) -> Strategy:
     """A sampler of Optuna, by default its tree-structured Parzen estimator.
 
@@ -280,28 +280,8 @@ def _suggest(trial: Any, path: str, part: Part) -> int | float:
         return _value(part, trial.suggest_categorical(name, part.names))
     if isinstance(part, Continuous):
         return _value(part, trial.suggest_float(name, part.low, part.high, log=part.log))
-    if part.log and part.step > 1:
-        return _value(part, trial.suggest_float(name, 0.0, 1.0))
-    return _value(part, trial.suggest_int(name, part.low, part.high, step=part.step, log=part.log))
-
-
-def _param(path: str) -> str:
-    return path or "(space)"
-
-
-def _stored(part: Part, value: int | float) -> Any:
-    if isinstance(part, Choice):
-        return part.names[int(value)]
-    in_units = isinstance(part, Integer) and part.log and part.step > 1
-    return to_unit(part, value) if in_units else value
-
-
-def _value(part: Part, stored: Any) -> int | float:
-    if isinstance(part, Choice):
-        return part.names.index(stored)
-    if isinstance(part, Continuous):
-        return min(max(float(stored), part.low), part.high)
-    return from_unit(part, stored) if part.log and part.step > 1 else int(stored)
+    low, high, step = _bounds(part)
+    return _value(part, trial.suggest_int(name, low, high, step=step, log=part.log))
 
 
 def _distribution(library: Any, part: Part) -> Any:
@@ -310,9 +290,38 @@ def _distribution(library: Any, part: Part) -> Any:
         return kinds.CategoricalDistribution(part.names)
     if isinstance(part, Continuous):
         return kinds.FloatDistribution(part.low, part.high, log=part.log)
-    if part.log and part.step > 1:
-        return kinds.FloatDistribution(0.0, 1.0)
-    return kinds.IntDistribution(part.low, part.high, log=part.log, step=part.step)
+    low, high, step = _bounds(part)
+    return kinds.IntDistribution(low, high, step=step, log=part.log)
+
+
+def _param(path: str) -> str:
+    return path or "(space)"
+
+
+def _bounds(part: Integer) -> tuple[int, int, int]:
+    """Optuna knows no steps in the logarithm: there steps are counted."""
+    if not part.log:
+        return part.low, part.high, part.step
+    low = max(1, round(part.low / part.step))
+    return low, low + (part.high - part.low) // part.step, 1
+
+
+def _stored(part: Part, value: int | float) -> Any:
+    if isinstance(part, Choice):
+        return part.names[int(value)]
+    if isinstance(part, Continuous) or not part.log:
+        return value
+    return _bounds(part)[0] + int(value - part.low) // part.step
+
+
+def _value(part: Part, stored: Any) -> int | float:
+    if isinstance(part, Choice):
+        return part.names.index(stored)
+    if isinstance(part, Continuous):
+        return min(max(float(stored), part.low), part.high)
+    if not part.log:
+        return int(stored)
+    return part.low + (int(stored) - _bounds(part)[0]) * part.step
 
 
 def _finish(library: Any, study: Any, asked: Any, trial: Trial) -> None:
