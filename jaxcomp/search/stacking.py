@@ -152,10 +152,34 @@ def is_key(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
+def data_of(leaf: Any) -> np.ndarray:
+    """A leaf on the host, where any number of rows is taken without a program; keys as numbers.
+
+    Example:
+        >>> data_of(jax.random.key(5))
+        array([0, 5], dtype=uint32)
+    """
+    return np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
+
+
+def as_key(like: Any, data: np.ndarray) -> Any:
+    """What :func:`data_of` gave, as keys where the leaf had keys.
+
+    Example:
+        >>> as_key(jax.random.key(5), np.array([0, 7], np.uint32))
+        Array((), dtype=key<fry>) overlaying:
+        [0 7]
+    """
+    if not is_key(like):
+        return data
+    return jax.random.wrap_key_data(jax.device_put(data), impl=jax.random.key_impl(like))
+
+
 def count(stacked: Any) -> int:
     """How many candidates stand side by side.
 
     Raises:
+        TypeError: a leaf is no array.
         ValueError: there is no leaf; one has no first axis, or another number of candidates.
 
     Example:
@@ -166,7 +190,11 @@ def count(stacked: Any) -> int:
     """
     found = None
     for path, leaf in tree_lib.flatten(stacked, is_leaf=lambda _: False).items():
-        shape = getattr(leaf, "shape", ())
+        if not is_array(leaf):
+            raise TypeError(
+                f"{path or 'candidates'}: {leaf!r:.40} is no array: use search.stack(candidates)"
+            )
+        shape = np.shape(leaf)
         if len(shape) == 0:
             raise ValueError(f"{path or 'candidates'}: no first axis: use search.stack(candidates)")
         if found is not None and shape[0] != found:
@@ -193,7 +221,7 @@ def _column(path: str, values: list[Any]) -> Any:
         kinds = " and ".join(map(str, list(shapes)[:2]))
         raise ValueError(f"{name}: shapes {kinds}: candidates side by side need one")
     if any(isinstance(value, jax.Array) for value in values):
-        return jnp.stack([jnp.asarray(value) for value in values])
+        return jnp.stack(jax.device_put(values))
     dtype = jnp.result_type(*values)
     # NumPy would wrap them around without a word.
     if jnp.issubdtype(dtype, jnp.integer):
@@ -201,7 +229,7 @@ def _column(path: str, values: list[Any]) -> Any:
         for value in values:
             if np.size(value) and not (limits.min <= np.min(value) and np.max(value) <= limits.max):
                 raise ValueError(f"{name}: {value!r:.40} is beyond {dtype}: use a float")
-    return jnp.asarray(np.stack([np.asarray(value).astype(dtype) for value in values]))
+    return jax.device_put(np.stack([np.asarray(value).astype(dtype) for value in values]))
 
 
 def _difference(index: int, first: Any, other: Any) -> str:
