@@ -203,6 +203,8 @@ def _effective(equation: str, leaf: Any, factors: Any) -> Any:
 
 
 def _packed(equation: str, leaf: Any, factors: Any) -> LowRankArray:
+    # NumPy's float64 is a dtype that JAX may not have, and no file with it could be loaded.
+    leaf = jnp.asarray(leaf)
     factors = tuple(factor.astype(leaf.dtype) for factor in factors)
     keep = leaf != 0
     return LowRankArray.from_factors(

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxcomp import tree as tree_lib
@@ -118,6 +119,7 @@ def codebooks(
 
 def _packed(leaves: Any, layout: Layout, importance: Any) -> dict[str, CodebookArray]:
     layouts.check_leaves(leaves, layout)
+    leaves = {path: jnp.asarray(leaf) for path, leaf in leaves.items()}
     books = layouts.fit(leaves, layout, layouts.check_importance(importance, leaves))
     of = layouts.owners(leaves, layout)
     return {

@@ -111,6 +111,8 @@ def fixed_sharing(rule: SharingRule, begin: int) -> Compression:
             return params
         news = {}
         for path, leaf in _leaves(params, state).items():
+            # NumPy's float64 is a dtype that JAX may not have, and no file with it could be loaded.
+            leaf = jnp.asarray(leaf)
             parts = leaf, state.learned[path], state.buffers.codes[path]
             lost = (leaf == 0) & (rule.show(*parts) != 0)
             keep = leaf != 0 if bool(jnp.any(lost)) else None

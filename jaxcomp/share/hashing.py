@@ -54,6 +54,7 @@ def hashed(x: Any, buckets: int, *, seed: int = 0, importance: Any = None) -> Ha
         raise ValueError(f"{buckets} buckets for {x.size} weights: ask for at most {x.size}")
     if importance is not None:
         check_importance({"x": importance}, {"x": x})
+    x = jnp.asarray(x)
     values = _fit(x, importance, buckets, seed)
     return HashedArray.from_buckets(values, tuple(x.shape), seed, x.dtype)
 

@@ -61,7 +61,8 @@ def kernel_patterns(
     check_count("iterations", iterations, 0)
     tree_lib.check_weight("x", x)
     blocks = _blocks("x", x, patterns, axes)
-    learned, indices = _fit(jnp.asarray(x), key, patterns, blocks, iterations)
+    x = jnp.asarray(x)
+    learned, indices = _fit(x, key, patterns, blocks, iterations)
     return _encode(x, learned, indices, None, blocks)
 
 

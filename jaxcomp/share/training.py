@@ -257,6 +257,8 @@ def pack_nearest(params: Params, state: State, layout: Layout) -> Any:
     """
     news, of = {}, owners_of(state, layout)
     for path, leaf in leaves_of(params, state).items():
+        # NumPy's float64 is a dtype that JAX may not have, and no file with it could be loaded.
+        leaf = jnp.asarray(leaf)
         book, held = state.learned[of[path]], state.buffers.indices.get(path)
         indices = layouts.assign(leaf, book, layout) if held is None else held
         news[path] = layouts.packed(leaf, book, indices, layout)

@@ -45,6 +45,13 @@ def test_flax_layouts_and_those_of_the_program():
         np.testing.assert_array_equal(decode(packed)[path]["kernel"], seen[path]["kernel"])
 
 
+def test_doubles_become_what_jax_has():
+    params = {"kernel": np.asarray(RNG.normal(size=(6, 8)))}
+    assert params["kernel"].dtype == np.float64
+    method = train(LowRank(2))
+    assert method.pack(params, method.init(params))["kernel"].dtype == np.float32
+
+
 def test_gradients_are_those_of_the_product():
     method = train(LowRank(2))
     params = {"kernel": PARAMS["conv"]["kernel"][0, 0]}

@@ -214,6 +214,31 @@ def test_leaves_come_back_from_a_file(tmp_path):
         np.testing.assert_array_equal(back[name].decode(), leaf.decode())
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: share.codebooks({"x": x}, 2)["x"],
+        lambda x: share.hashed(x, 4),
+        lambda x: share.vector_codebook(x, share.VectorFormat(2, 2), key=KEY),
+        lambda x: share.kernel_patterns(x, 2, key=KEY, axes=(-2,)),
+        lambda x: packed_by(share.train(2), x),
+        lambda x: packed_by(share.train_hashed(0.5), x),
+    ],
+)
+def test_doubles_become_what_jax_has(make, tmp_path):
+    x = np.arange(16.0).reshape(4, 4)
+    assert x.dtype == np.float64
+    leaf = make(x)
+    assert leaf.dtype == np.float32
+    jaxcomp.save(tmp_path / "leaf.jxc", {"x": leaf})
+    found = jaxcomp.load(tmp_path / "leaf.jxc")["x"].decode()
+    np.testing.assert_array_equal(found, leaf.decode())
+
+
+def packed_by(method, x):
+    return method.pack({"x": x}, method.init({"x": jnp.asarray(x)}))["x"]
+
+
 WEIGHT = jnp.ones((4, 4))
 KEY = jax.random.key(0)
 
