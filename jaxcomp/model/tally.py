@@ -53,9 +53,10 @@ class Tally:
 
     def block(self, block: Block) -> Cost:
         """The cost of a block, with the bodies of its loops as often as they run."""
-        return sum((self._op(op) for op in live_ops(block)), NOTHING)
+        return sum((self.op(op) for op in live_ops(block)), NOTHING)
 
-    def _op(self, op: Op) -> Cost:
+    def op(self, op: Op) -> Cost:
+        """The cost of one operation, with the bodies of a loop as often as they run."""
         if not op.blocks:
             if not is_counted(op.name):
                 self.uncounted[op.name] = self.uncounted.get(op.name, 0) + 1
