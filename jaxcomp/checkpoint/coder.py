@@ -18,7 +18,7 @@ from jaxcomp.checkpoint.errors import CheckpointError
 from jaxcomp.checkpoint.packing import Symbolic, inflate, pack, symbol_dtype, unpack
 
 MAX_ALPHABET = 1 << 16
-_SAMPLE = 1 << 18
+_SAMPLE = 1 << 16
 
 
 class Codec(NamedTuple):

@@ -13,6 +13,7 @@ from jaxcomp.checkpoint.layout import MAX_CELLS, MAX_LAGS, MAX_LEVELS, Cell, Lay
 
 _SAMPLE = 1 << 19
 _CERTAIN = 6.0
+_MOST_SHIFT = 15
 _HEAD_NATS = 4 * 8 * math.log(2)
 
 
@@ -53,13 +54,15 @@ def find(values: np.ndarray, alphabet: int) -> Layout | None:
     distance = np.abs(np.arange(alphabet) - centre)
     significant = max(1, int(counts.sum() - counts[centre]))
     mean = float((counts * np.maximum(distance - 1, 0)).sum()) / significant
-    shift = max(0, int(mean).bit_length() - 2)
+    # The low bits of large magnitudes are nearly uniform: few levels tell all there is to learn.
+    length = int(mean).bit_length()
+    shift = min(length, _MOST_SHIFT) if length > 2 else max(0, length - 1)
     while True:
         layout = Layout(False, centre, low, high, shift)
         if layout.levels() <= MAX_LEVELS:
             break
         shift += 1
-    if shift > 15:
+    if shift > _MOST_SHIFT:
         return None
     wide = 2 * counts[centre] < counts.sum()
     layout = layout._replace(wide=bool(wide))
