@@ -162,7 +162,7 @@ def main() -> None:
     speeds = Table(title="MB of float32 weights a second of one core")
     for column in ("network", "weights", "encode", "decode", "nncodec encode", "nncodec decode"):
         speeds.add_column(column, justify="left" if column == "network" else "right")
-    console = Console(width=200)
+    console = Console(width=215)
     for case in cases(arguments.data_dir, arguments.runs, arguments.minilm):
         if arguments.only not in case.name:
             continue
