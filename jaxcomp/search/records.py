@@ -109,11 +109,15 @@ def opened(file: Any, header: Mapping[str, Any], check: Callable[[Point], Any]) 
         os.close(handle)
 
 
-def read(file: Any) -> tuple[dict[str, Any], Kept]:
+def read(
+    file: Any, check_header: Callable[[dict[str, Any]], Any], check: Callable[[Point], Any]
+) -> tuple[dict[str, Any], Kept]:
     """What is in a study's file, which is left as it is; also while a search writes it.
 
     Args:
         file: a path.
+        check_header: raises a ``ValueError`` for a header of another study.
+        check: likewise for a point that is not of the space.
 
     Returns:
         The header and the rest.
@@ -133,7 +137,8 @@ def read(file: Any) -> tuple[dict[str, Any], Kept]:
     if not lines:
         raise ValueError(f"{path}: not a study: it has no first line that says which one")
     _check_header(path, lines[0])
-    return lines[0], _body(path, lines, lambda point: None, _whole(text))
+    check_header(lines[0])
+    return lines[0], _body(path, lines, check, _whole(text))
 
 
 def header_of(**names: Any) -> dict[str, Any]:
@@ -237,8 +242,8 @@ def _kept(path: str, text: bytes, header: Mapping[str, Any], check: Callable[[Po
         before, now = lines[0].get(name), json.loads(json.dumps(header.get(name)))
         if json.dumps(before) != json.dumps(now):  # as dicts they would be equal in any order
             raise ValueError(
-                f"{path}: of a study with another {name}: {_difference(before, now)}: name another "
-                "file, or remove this one to start anew"
+                f"{path}: of another study: {name}: {_difference(before, now)}: name another file, "
+                "or remove this one to start anew"
             )
     return _body(path, lines, check, _whole(text))
 

@@ -196,12 +196,13 @@ def load(file: Any, space: Any) -> Study:
         >>> load(file, Integer(1, 3)).trials == study.trials
         True
     """
-    header, kept = records.read(file)
-    if header.get("digest") != spaces.digest(space):
-        raise ValueError(f"{os.fspath(file)}: of another space than this one: pass its own")
+
+    def check_header(header: dict[str, Any]) -> None:
+        if header.get("digest") != spaces.digest(space):
+            raise ValueError(f"{os.fspath(file)}: of another space than this one: pass its own")
+
+    header, kept = records.read(file, check_header, lambda point: spaces.decode(space, point))
     goal = as_goal(header.get("objectives"), header.get("constraints"))
-    for trial in kept.trials:
-        spaces.decode(space, trial.point)
     return Study(space, goal.objectives, goal.constraints, kept.trials, "read")
 
 

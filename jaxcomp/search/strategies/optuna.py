@@ -166,7 +166,11 @@ def optuna_trials(space: Any, storage: Any, study_name: str) -> list[Trial]:
     library = _library()
     study = library.load_study(study_name=study_name, storage=storage)
     states = library.trial.TrialState
-    status = {states.COMPLETE: "finished", states.PRUNED: "stopped", states.FAIL: "failed"}
+    status: dict[Any, Any] = {
+        states.COMPLETE: "finished",
+        states.PRUNED: "stopped",
+        states.FAIL: "failed",
+    }
     found = []
     for each in study.get_trials(deepcopy=False):
         if each.state not in status or _TOLD not in each.user_attrs:
