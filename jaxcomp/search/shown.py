@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from jaxcomp import columns
+
 
 def rows(study: Any) -> list[list[str]]:
     """The front in words: a head, then a row for each trial, the best of the first objective first.
@@ -10,7 +12,8 @@ def rows(study: Any) -> list[list[str]]:
         study: a :class:`jaxcomp.search.Study`.
 
     Returns:
-        Numbers of trials, objectives, measures that have a limit, seconds, and candidates.
+        Numbers of trials, objectives, measures that have a limit, seconds, and candidates,
+        floats in these to four digits.
 
     Example:
         >>> from jaxcomp.search import Integer, Study, Trial
@@ -38,7 +41,7 @@ def rows(study: Any) -> list[list[str]]:
             *(number(value) for value in trial.values),
             *(number(trial.told[name]) for name in others),
             f"{trial.seconds:.3g}",
-            str(study.candidate(trial)),
+            str(_short(study.candidate(trial))),
         ]
         for trial in front
     ]
@@ -74,6 +77,33 @@ def table(study: Any) -> Any:
     for row in body:
         result.add_row(*map(Text, row))  # candidates hold brackets, which are no markup
     return result
+
+
+def _short(candidate: Any) -> Any:
+    """A candidate with its numbers to four digits."""
+    if isinstance(candidate, float):
+        return float(f"{candidate:.4g}")
+    if isinstance(candidate, dict):
+        return {name: _short(value) for name, value in candidate.items()}
+    if isinstance(candidate, (list, tuple)):
+        return [_short(value) for value in candidate]
+    return candidate
+
+
+def text(study: Any) -> str:
+    """What :func:`rows` gives, in columns.
+
+    Example:
+        >>> from jaxcomp.search import Integer, Study, Trial
+        >>> trial = Trial(0, {"": 8}, (0.5,), "finished", 1.5, {})
+        >>> print(text(Study(Integer(8, 64), {"loss": "minimize"}, {}, (trial,), "seconds")))
+        trial  loss ↓  seconds  candidate
+            0     0.5      1.5  8
+    """
+    found = rows(study)
+    # The last column is not padded to the width of the longest candidate.
+    lines = columns.table([row[:-1] for row in found], left=0).split("\n")
+    return "\n".join(f"{line}  {row[-1]}" for line, row in zip(lines, found, strict=True))
 
 
 def number(value: Any) -> str:

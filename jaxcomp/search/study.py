@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcomp import checks, columns
+from jaxcomp import checks
 from jaxcomp.model.progress import watched
 from jaxcomp.search import plots, records, shown, spaces
 from jaxcomp.search.measures import Goal, as_goal, as_trial, results
@@ -81,7 +81,7 @@ class Study(NamedTuple):
         ]
         head = f"{len(self.trials)} trials ({', '.join(counts) or 'none'}), ended by {self.reason}"
         rows = shown.rows(self)
-        lines = [head, columns.table(rows, left=0)] if len(rows) > 1 else [head]
+        lines = [head, shown.text(self)] if len(rows) > 1 else [head]
         if len(rows) == 1 and self.trials:
             beyond = [violation(t) for t in self.trials if t.status == "finished"]
             lines += [f"none within the constraints; the least violation is {min(beyond):.3g}"] * (
