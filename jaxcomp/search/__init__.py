@@ -1,7 +1,11 @@
 """Search for architectures and for the choices around them."""
 
-from jaxcomp.search import pareto, ready, spaces, strategies
+from jaxcomp.search import objectives, pareto, proxies, ready, spaces, strategies
+from jaxcomp.search.evaluators import evaluator, halving_evaluator
+from jaxcomp.search.halving import Halved, successive_halving
+from jaxcomp.search.population import Population, population
 from jaxcomp.search.spaces import Choice, Continuous, Integer, Repeat
+from jaxcomp.search.stacking import groups, stack
 from jaxcomp.search.stop import Stop
 from jaxcomp.search.study import Study, load, run
 from jaxcomp.search.trials import Strategy, Trial
@@ -9,16 +13,26 @@ from jaxcomp.search.trials import Strategy, Trial
 __all__ = [
     "Choice",
     "Continuous",
+    "Halved",
     "Integer",
+    "Population",
     "Repeat",
     "Stop",
     "Strategy",
     "Study",
     "Trial",
+    "evaluator",
+    "groups",
+    "halving_evaluator",
     "load",
+    "objectives",
     "pareto",
+    "population",
+    "proxies",
     "ready",
     "run",
     "spaces",
+    "stack",
     "strategies",
+    "successive_halving",
 ]

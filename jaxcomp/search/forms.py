@@ -101,7 +101,7 @@ def program(
     return Program(jitted, jitted, split, same)
 
 
-def seconds_of(runs: Mapping[Form, Callable[[], Any]]) -> dict[Form, float]:
+def seconds_of(runs: Mapping[Any, Callable[[], Any]]) -> dict[Any, float]:
     """What each of some runs takes, in turn so that a drifting machine favours none.
 
     Args:
@@ -117,7 +117,7 @@ def seconds_of(runs: Mapping[Form, Callable[[], Any]]) -> dict[Form, float]:
     waiting = {form: lambda run=run: jax.block_until_ready(run()) for form, run in runs.items()}
     for run in waiting.values():
         run()
-    times: dict[Form, list[float]] = {form: [] for form in waiting}
+    times: dict[Any, list[float]] = {form: [] for form in waiting}
     for _ in range(5):
         for form, run in waiting.items():
             if sum(times[form]) < _PATIENCE:
@@ -125,7 +125,7 @@ def seconds_of(runs: Mapping[Form, Callable[[], Any]]) -> dict[Form, float]:
     return {form: statistics.median(found) / 1000 for form, found in times.items()}
 
 
-def fastest(seconds: Mapping[Form, float]) -> Form:
+def fastest(seconds: Mapping[Any, float]) -> Any:
     """The form that takes least.
 
     Example:
@@ -171,11 +171,12 @@ def mesh_axis(mesh: Any, axis: str | None) -> tuple[str | None, int]:
         return None, 1
     if not isinstance(mesh, jax.sharding.Mesh):
         raise TypeError(f"mesh must be a jax.sharding.Mesh (jax.make_mesh), not {mesh!r:.60}")
-    if axis is None and len(mesh.axis_names) > 1:
-        raise ValueError(f"mesh has axes {', '.join(mesh.axis_names)}: name one with axis=")
-    axis = mesh.axis_names[0] if axis is None else axis
-    if axis not in mesh.axis_names:
-        raise ValueError(f"axis='{axis}' is not one of the mesh: {', '.join(mesh.axis_names)}")
+    names: list[str] = list(mesh.axis_names)
+    if axis is None and len(names) > 1:
+        raise ValueError(f"mesh has axes {', '.join(names)}: name one with axis=")
+    axis = names[0] if axis is None else axis
+    if axis not in names:
+        raise ValueError(f"axis='{axis}' is not one of the mesh: {', '.join(names)}")
     return axis, mesh.shape[axis]
 
 

@@ -1,6 +1,6 @@
 """Candidates of one structure as one: their numbers become arrays with a leading axis."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -69,14 +69,14 @@ def groups(candidates: Sequence[Any], static: str | Sequence[str] = ()) -> list[
     Args:
         candidates: trees of numbers, arrays, strings, functions.
         static: patterns of the numbers that a program is made for, such as ``"*/width"`` where
-            widths are the shapes of arrays. What is no number and no array is static anyway.
+            widths are the shapes of arrays; parts that only some candidates have may be named too.
+            What is no number and no array is static anyway.
 
     Returns:
         Groups in the order of their first candidates.
 
     Raises:
         TypeError: a static part is an array, or cannot be compared with others (no hash).
-        ValueError: a pattern matches nothing in any candidate.
 
     Example:
         >>> acts = ("relu", "tanh", "relu")
@@ -86,12 +86,9 @@ def groups(candidates: Sequence[Any], static: str | Sequence[str] = ()) -> list[
     """
     patterns = checks.as_patterns(static) if static != () else ()
     found: dict[Any, Group] = {}
-    unmatched = set(patterns)
     for index, candidate in enumerate(candidates):
         leaves = tree_lib.flatten(candidate, is_leaf=lambda _: False)
-        named = {pattern: tree_lib.matching(pattern, leaves) for pattern in patterns}
-        unmatched -= {pattern for pattern, paths in named.items() if paths}
-        chosen = {path for paths in named.values() for path in paths}
+        chosen = {path for pattern in patterns for path in tree_lib.matching(pattern, leaves)}
         fixed = {
             path: _hashable(path, leaf)
             for path, leaf in leaves.items()
@@ -102,8 +99,6 @@ def groups(candidates: Sequence[Any], static: str | Sequence[str] = ()) -> list[
         identity = structure, tuple((path, type(value), value) for path, value in fixed.items())
         group = found.get(identity, Group((), fixed, structure))
         found[identity] = group._replace(indices=(*group.indices, index))
-    if unmatched and len(candidates):
-        raise ValueError(f"static: '{sorted(unmatched)[0]}' matches nothing in any candidate")
     return list(found.values())
 
 
@@ -118,12 +113,12 @@ def numbers(candidate: Any, static: dict[str, Any]) -> tree_lib.Leaves:
     return tree_lib.Leaves((path, leaf) for path, leaf in leaves.items() if path not in static)
 
 
-def whole(group: Group, found: tree_lib.Leaves) -> Any:
+def whole(group: Group, found: Mapping[str, Any]) -> Any:
     """A candidate of a group from its :func:`numbers`.
 
     Example:
         >>> (group,) = groups([{"act": "relu", "a": 1}])
-        >>> whole(group, tree_lib.Leaves(a=5))
+        >>> whole(group, {"a": 5})
         {'a': 5, 'act': 'relu'}
     """
     places = jax.tree.unflatten(group.structure, range(group.structure.num_leaves))
@@ -162,7 +157,7 @@ def data_of(leaf: Any) -> np.ndarray:
     return np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
 
 
-def as_key(like: Any, data: np.ndarray) -> Any:
+def as_key(like: Any, data: Any) -> Any:
     """What :func:`data_of` gave, as keys where the leaf had keys.
 
     Example:
