@@ -13,7 +13,7 @@ from jaxcomp.checkpoint.layout import MAX_CELLS, MAX_LAGS, MAX_LEVELS, Cell, Lay
 
 _SAMPLE = 1 << 19
 _CERTAIN = 6.0
-_MOST_SHIFT = 15
+_MOST_SHIFT, _MANY = 15, 1 << 16
 _HEAD_NATS = 4 * 8 * math.log(2)
 
 
@@ -54,9 +54,10 @@ def find(values: np.ndarray, alphabet: int) -> Layout | None:
     distance = np.abs(np.arange(alphabet) - centre)
     significant = max(1, int(counts.sum() - counts[centre]))
     mean = float((counts * np.maximum(distance - 1, 0)).sum()) / significant
-    # The low bits of large magnitudes are nearly uniform: few levels tell all there is to learn.
+    # Where there are many large ones their low bits are nearly uniform, and levels cost time.
     length = int(mean).bit_length()
-    shift = min(length, _MOST_SHIFT) if length > 2 else max(0, length - 1)
+    few = length < 4 or significant < _MANY
+    shift = max(0, length - 2) if few else min(length, _MOST_SHIFT)
     while True:
         layout = Layout(False, centre, low, high, shift)
         if layout.levels() <= MAX_LEVELS:
