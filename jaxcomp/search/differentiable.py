@@ -15,8 +15,6 @@ import optax
 from jaxcomp import checks
 from jaxcomp.search.spaces import Choice
 
-Schedule = Callable[[Any], Any]
-
 
 class SearchState(NamedTuple):
     """Where a search stands; an ordinary pytree.
@@ -186,15 +184,15 @@ def gumbel_softmax(logits: Any, key: Any, temperature: Any, hard: bool = False) 
 
 def darts(
     space: Any,
-    loss: Callable[..., Any],
+    loss: Any,
     weight_optimizer: optax.GradientTransformation,
     logit_optimizer: optax.GradientTransformation,
     *,
-    temperature: Schedule | float = 1.0,
+    temperature: Any = 1.0,
     hard: bool = False,
     noise: bool = True,
     inner_rate: float | None = None,
-    penalty: Callable[[Any], Any] | None = None,
+    penalty: Any = None,
     warm_up: int = 0,
 ) -> Search:
     """Train an architecture's logits on held-out data, by turns with the weights on training data.

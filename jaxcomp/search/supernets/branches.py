@@ -7,7 +7,7 @@ from jaxcomp import checks
 from jaxcomp import tree as tree_lib
 from jaxcomp.model.program import Op, Program, Value
 from jaxcomp.model.reach import reached
-from jaxcomp.search.supernets.edit import edit
+from jaxcomp.search.supernets.edit import edit, needed
 
 
 def matched(patterns: Any, leaves: Mapping[str, Any], branch: str) -> tuple[str, ...]:
@@ -62,14 +62,13 @@ def check_branch(program: Program, gone: tuple[str, ...], branch: str) -> None:
     edited = edit(program, {}, gone)
     leaves = ", ".join(gone)
     data = reached(program, program.inputs)
-    stays = set(edited.program.block.ops)
+    if needed(program).isdisjoint(gone):
+        raise ValueError(f"{branch}: the outputs do not depend on {leaves}: name other leaves")
     if all(value.constant is not None for value in edited.program.block.outputs):
         raise ValueError(f"{branch}: with {leaves} zero, every output is: name a branch beside it")
     for op, other in edited.joins:
         if other not in data:
-            raise ValueError(
-                f"{branch}: with {leaves} zero, {_left(program, op, other)}: name it too"
-            )
+            raise ValueError(f"{branch}: with {leaves} zero, {_left(program, op, other)}")
     for op in edited.reads:
         if op.name != "concatenate":
             raise ValueError(
@@ -78,14 +77,12 @@ def check_branch(program: Program, gone: tuple[str, ...], branch: str) -> None:
             )
     if not edited.joins and not edited.reads:
         raise ValueError(
-            f"{branch}: nothing is left out where {leaves} is zero: the outputs do not depend on it"
-            if stays == set(program.block.ops)
-            else f"{branch}: with {leaves} zero, no addition is left out: nothing goes around it"
+            f"{branch}: with {leaves} zero, no addition is left out: nothing goes around the branch"
         )
 
 
 def _left(program: Program, op: Op, other: Value) -> str:
     paths = [path for path, leaf in program.leaves.items() if other in reached(program, [leaf])]
     if not paths:
-        return f"{op} still adds a constant to it, which no leaf holds"
-    return f"the branch still hands on {', '.join(paths)}"
+        return f"the branch still hands on a constant of {op}, which no leaf holds"
+    return f"the branch still hands on {', '.join(paths)}: name it too"

@@ -10,7 +10,7 @@ import numpy as np
 from jaxcomp import checks
 from jaxcomp import tree as tree_lib
 from jaxcomp.model.couple import ChannelGroup, Coupling
-from jaxcomp.model.program import Program
+from jaxcomp.model.program import Program, Value
 from jaxcomp.search.supernets.branches import check_branch, matched
 from jaxcomp.search.supernets.edit import kernel_axes
 from jaxcomp.search.supernets.masks import Mask, Part, along, centred
@@ -20,7 +20,7 @@ Branches = dict[Part, tuple[tuple[str, ...], ...]]
 
 
 def widths(
-    coupling: Coupling, patterns: Mapping[str, Any], ranks: Mapping[str, np.ndarray]
+    coupling: Coupling, patterns: Any, ranks: Mapping[str, np.ndarray]
 ) -> dict[Part, list[Mask]]:
     """Parts of the widths that patterns name.
 
@@ -37,11 +37,12 @@ def widths(
         ValueError: a pattern names no group that can be cut, or an option does not fit it.
     """
     free = {group.name: group for group in coupling.groups if group.fixed is None}
+    leaves = coupling.program.leaves
     found: dict[str, tuple[str, Any]] = {}
     for pattern, options in _mapping("width", patterns).items():
-        names = [name for name in free if _names(pattern, name)]
+        names = [name for name, group in free.items() if _names(pattern, group, leaves)]
         if not names:
-            raise ValueError(_no_group(pattern, coupling.groups, free))
+            raise ValueError(_no_group(pattern, coupling, free))
         for name in names:
             found.setdefault(name, (pattern, options))
     parts = {}
@@ -53,15 +54,23 @@ def widths(
     return parts
 
 
-def _names(pattern: str, group: str) -> bool:
-    """Whether a pattern names a group by its name, or by the leaf that makes its channels."""
-    leaf = group[: group.rindex("[")]
+def _names(pattern: str, group: ChannelGroup, leaves: Mapping[str, Value]) -> bool:
+    """Whether a pattern names a group, a slice of it, or a leaf that makes its channels."""
     literal = pattern.replace("[", "[[]")
-    return any(fnmatch.fnmatchcase(name, literal) for name in (group, leaf))
+    rank = {piece.path: len(leaves[piece.path].shape) for piece in group.slices}
+    first = group.slices[0]
+    names = {group.name, first.path}
+    if "[" in pattern:
+        names |= {f"{piece.path}[{piece.axis}]" for piece in group.slices}
+    # Where the first leaf makes them on its last axis, others make them on theirs.
+    last = first.axis - rank[first.path]
+    names |= {piece.path for piece in group.slices if piece.axis - rank[piece.path] == last}
+    return any(fnmatch.fnmatchcase(name, each) for name in names for each in (literal, pattern))
 
 
-def _no_group(pattern: str, groups: Sequence[ChannelGroup], free: Mapping[str, Any]) -> str:
-    fixed = [group for group in groups if group.fixed and _names(pattern, group.name)]
+def _no_group(pattern: str, coupling: Coupling, free: Mapping[str, Any]) -> str:
+    leaves = coupling.program.leaves
+    fixed = [g for g in coupling.groups if g.fixed and _names(pattern, g, leaves)]
     if fixed:
         reasons = "; ".join(f"{group.name} {group.fixed}" for group in fixed)
         return f"width: pattern '{pattern}' names only channels that cannot be cut: {reasons}"
@@ -122,7 +131,7 @@ def unit_ranks(groups: Sequence[ChannelGroup], params: Any, order: str) -> dict[
     return ranks
 
 
-def kernels(programs: Sequence[Program], patterns: Mapping[str, Any]) -> dict[Part, list[Mask]]:
+def kernels(programs: Sequence[Program], patterns: Any) -> dict[Part, list[Mask]]:
     """Parts of the kernel sizes that patterns name.
 
     Args:
@@ -164,7 +173,7 @@ def kernels(programs: Sequence[Program], patterns: Mapping[str, Any]) -> dict[Pa
 
 
 def branches(
-    programs: Sequence[Program], depth: Mapping[str, Any], connections: Mapping[str, Any]
+    programs: Sequence[Program], depth: Any, connections: Any
 ) -> tuple[Branches, list[Mask]]:
     """Parts of the branches that can be left out.
 
@@ -207,6 +216,8 @@ def branches(
 
 
 def _mapping(kind: str, given: Any) -> Mapping[str, Any]:
+    if given is None:
+        return {}
     if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
         raise TypeError(f"{kind} must be a mapping of strings, not {given!r:.60}")
     return given

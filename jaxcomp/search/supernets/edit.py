@@ -40,7 +40,7 @@ class Edited(NamedTuple):
         program: it; its leaves are all those of the old one, in the same order.
         pairs: of what is left: the old operation and the new one.
         origins: by new value, the old one that it stands for.
-        joins: additions of nothing: the old operation, and what it is now.
+        joins: additions of nothing that matter: the old operation, and what it is now.
         reads: operations that read a zero and do make something of it.
     """
 
@@ -163,7 +163,8 @@ class _Editor:
         self.origins: dict[Value, Value] = {}
         self.zeros = {program.leaves[path] for path in gone}
         self.pairs: list[tuple[Op, Op]] = []
-        self.joins: list[tuple[Op, Value]] = []
+        # Operations that are left, in order; of additions of zero, what it is added to.
+        self.steps: list[tuple[Op, Value | None]] = []
         self.reads: list[Op] = []
         for path, size in sizes.items():
             leaf, axes = program.leaves[path], kernel_axes(program, path)
@@ -184,7 +185,17 @@ class _Editor:
         pairs = tuple(pair for pair in self.pairs if pair[1] in alive)
         left = {old for old, _ in pairs}
         reads = tuple(op for op in self.reads if op in left)
-        return Edited(edited, pairs, self.origins, tuple(self.joins), reads)
+        return Edited(edited, pairs, self.origins, self._joins(), reads)
+
+    def _joins(self) -> tuple[tuple[Op, Value], ...]:
+        """The additions of zero that outputs depend on, as they stood in the old program."""
+        wanted = set(self.program.block.outputs) - self.zeros
+        joins = []
+        for op, other in reversed(self.steps):
+            if not wanted.isdisjoint(op.outputs):
+                wanted.update(op.inputs if other is None else [other])
+                joins += [] if other is None else [(op, other)]
+        return tuple(reversed(joins))
 
     def _value(self, value: Value) -> Value:
         """What stands for a value now; an array of zeros where nobody can do without."""
@@ -201,11 +212,15 @@ class _Editor:
             if all(results) and op.outputs:
                 self.zeros.update(op.outputs)
                 return
-            if (other := _sum_of_one(op, flags)) is not None:
-                self.joins.append((op, other))
-                self.names[op.outputs[0]] = self._value(other)
-                return
-            self.reads.append(op)
+            if (other := _added(op, flags)) is None:
+                self.reads.append(op)
+            else:
+                self.steps.append((op, other))
+                if (other.shape, other.dtype) == (op.outputs[0].shape, op.outputs[0].dtype):
+                    self.names[op.outputs[0]] = self._value(other)
+                    return
+        if not self.steps or self.steps[-1][0] is not op:
+            self.steps.append((op, None))
         inputs = tuple(map(self._value, op.inputs))
         params = op.params
         if op.name == "conv_general_dilated" and inputs[1].shape != op.inputs[1].shape:
@@ -243,16 +258,11 @@ def _is_zero(value: Value, zeros: Collection[Value]) -> bool:
     )
 
 
-def _sum_of_one(op: Op, flags: list[bool]) -> Value | None:
-    """What an addition of nothing comes to, if it is one."""
+def _added(op: Op, flags: list[bool]) -> Value | None:
+    """What a zero is added to, or taken away from."""
     if op.name in _ADDING and flags[0] != flags[1]:
-        other = op.inputs[flags.index(False)]
-    elif op.name == "sub" and flags == [False, True]:
-        other = op.inputs[0]
-    else:
-        return None
-    same = other.shape == op.outputs[0].shape and other.dtype == op.outputs[0].dtype
-    return other if same else None
+        return op.inputs[flags.index(False)]
+    return op.inputs[0] if op.name == "sub" and flags == [False, True] else None
 
 
 def _zero_results(op: Op, flags: list[bool]) -> list[bool]:

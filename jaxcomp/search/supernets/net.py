@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.core
@@ -257,11 +257,11 @@ def supernet(
     apply_fn: Callable[..., Any],
     params: Any,
     *inputs: Any,
-    width: Mapping[str, Any] | None = None,
-    kernel: Mapping[str, Any] | None = None,
-    depth: Mapping[str, Any] | None = None,
-    connections: Mapping[str, Any] | None = None,
-    order: Literal["first", "l1"] = "first",
+    width: Any = None,
+    kernel: Any = None,
+    depth: Any = None,
+    connections: Any = None,
+    order: str = "first",
     also: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]] = (),
 ) -> Supernet:
     """Make a supernet of a model as it is: its sub-networks are masks over its parameters.
@@ -276,9 +276,9 @@ def supernet(
         params: the largest model's, with ``batch_stats`` and the like if it takes them; arrays or,
             unless ``order`` looks at them, ``jax.ShapeDtypeStruct``.
         *inputs: an example batch; only shapes and dtypes matter. Costs are those at this size.
-        width: by pattern of groups (``"params/Conv_0/kernel[3]"``) or of leaves that make channels
-            (``"*Conv*"``), how many of them may stay: counts, or fractions of all, rounded up. Each
-            group chooses by itself; the first pattern that names it counts.
+        width: by pattern of slices of a group (``"params/Conv_0/kernel[3]"``) or of leaves that
+            make its channels (``"*Conv*"``), how many of them may stay: counts, or fractions of
+            all, rounded up. Each group chooses by itself; the first pattern that names it counts.
         kernel: by pattern of leaves, heights and widths of the kernel's centre that may stay; an
             axis that is shorter stays as it is.
         depth: by name of a stage, its branches in order, of which the first so many stay; a branch
@@ -330,9 +330,13 @@ def supernet(
     others = [inlined(read(function, params, *given)) for function, given in also]
     coupling = analyse(program, others)
     ranks = declare.unit_ranks(coupling.groups, params, order)
-    channels = declare.widths(coupling, width or {}, ranks)
-    centres = declare.kernels([program, *others], kernel or {})
-    branches, gates = declare.branches([program, *others], depth or {}, connections or {})
+    channels = declare.widths(coupling, width, ranks)
+    centres = declare.kernels([program, *others], kernel)
+    branches, gates = declare.branches(
+        [program, *others],
+        depth,
+        connections,
+    )
     parts = (*channels, *centres, *branches)
     if not parts:
         raise ValueError("nothing is elastic: give width=, kernel=, depth= or connections=")

@@ -239,7 +239,11 @@ class _Tabulator:
         for item, parts in found.items():
             others = {part: 0 for part in self.costing.branches if part not in parts}
             # What several branches share goes only with all of them.
-            if not self._there(item, self._version(others)):
+            if any(
+                self._there(item, self._version(values))
+                != self._there(item, self._version({**values, **others}))
+                for values in _combinations(self._ordered(parts))
+            ):
                 parts.update(others)
         return found
 

@@ -50,8 +50,8 @@ def soft_cross_entropy(logits: Any, teacher_logits: Any) -> Any:
 
 def sandwich(
     net: Supernet,
-    forward: Callable[..., Any],
-    loss: Callable[..., Any],
+    forward: Any,
+    loss: Any,
     *,
     randoms: int = 2,
     distance: Callable[[Any, Any], Any] | None = soft_cross_entropy,
@@ -133,7 +133,7 @@ def _constant(tree: Any) -> Any:
 
 
 def recalibrate(
-    update: Callable[..., Any], params: Any, batches: Iterable[Any], *, tolerance: float = 1e-3
+    update: Any, params: Any, batches: Iterable[Any], *, tolerance: float = 1e-3
 ) -> Any:
     """Give a sub-network running statistics of its own.
 
