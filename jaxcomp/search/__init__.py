@@ -1,6 +1,6 @@
 """Search for architectures and for the choices around them."""
 
-from jaxcomp.search import objectives, pareto, proxies, ready, spaces, strategies
+from jaxcomp.search import differentiable, objectives, pareto, proxies, ready, spaces, strategies
 from jaxcomp.search.evaluators import evaluator, halving_evaluator
 from jaxcomp.search.halving import Halved, successive_halving
 from jaxcomp.search.population import Population, population
@@ -8,6 +8,7 @@ from jaxcomp.search.spaces import Choice, Continuous, Integer, Repeat
 from jaxcomp.search.stacking import groups, stack
 from jaxcomp.search.stop import Stop
 from jaxcomp.search.study import Study, load, run
+from jaxcomp.search.supernets import Subnetwork, Supernet, recalibrate, sandwich, supernet
 from jaxcomp.search.trials import Strategy, Trial
 
 __all__ = [
@@ -20,7 +21,10 @@ __all__ = [
     "Stop",
     "Strategy",
     "Study",
+    "Subnetwork",
+    "Supernet",
     "Trial",
+    "differentiable",
     "evaluator",
     "groups",
     "halving_evaluator",
@@ -30,9 +34,12 @@ __all__ = [
     "population",
     "proxies",
     "ready",
+    "recalibrate",
     "run",
+    "sandwich",
     "spaces",
     "stack",
     "strategies",
     "successive_halving",
+    "supernet",
 ]
