@@ -34,8 +34,8 @@ def points_of(trials):
 def test_a_search_goes_on_after_any_round_as_if_it_had_not_ended(case):
     batch = 3 if case.name in ("nsga2-anew", "greedy", "optuna") else 2
     directions = TWO if case.several else ONE
-    whole = driven(case.make(), CONDITIONAL, directions, 18, batch)
-    assert len(whole) == 18 or not case.complete
+    whole = driven(case.make(), CONDITIONAL, directions, 12, batch)
+    assert len(whole) == 12 or not case.complete
     for point in points_of(whole):
         spaces.decode(CONDITIONAL, point)
         assert json.loads(json.dumps(point)) == point
@@ -44,7 +44,8 @@ def test_a_search_goes_on_after_any_round_as_if_it_had_not_ended(case):
         ]
     for done in range(batch, len(whole), batch):
         again = driven(case.make(), CONDITIONAL, directions, done + 1, batch, whole[:done])
-        assert points_of(again) == points_of(whole)[: done + batch]
+        assert done < len(again) <= done + batch
+        assert points_of(again) == points_of(whole)[: len(again)]
 
 
 def test_no_point_comes_twice_and_tiny_spaces_end(case):
@@ -91,7 +92,7 @@ def test_states_are_values(case):
     """A state that somebody else went on from goes the same way."""
     strategy = case.make()
     state = strategy.init(CONDITIONAL, ONE, KEY)
-    for i in range(3):
+    for i in range(2):
         points, after = strategy.ask(state, 2)
         if not points:
             break
