@@ -110,6 +110,8 @@ def successive_halving(
     All see the same batches in the same order. With one rung it is plain training, side by side.
     Candidates of several structures are trained by several programs and compared with each other.
 
+    The states of all lie on the devices at once, and twice while a program turns old into new.
+
     It keeps nothing on the disk: a call that is killed begins anew. As the evaluation of a search
     with a file, :func:`jaxcomp.search.halving_evaluator`, it loses one list of candidates at most.
 

@@ -108,7 +108,8 @@ def synflow(apply_fn: Any, params: Any, *inputs: Any) -> jax.Array:
 
     all_leaves = tree_lib.flatten(magnitudes, is_leaf=lambda _: False)
     gradients, exponent = jax.grad(mantissa, has_aux=True)(weights)
-    flows = [jnp.sum(jnp.abs(weights[path] * gradients[path])) for path in weights]
+    single = lambda x: jnp.abs(x).astype(jnp.float32)
+    flows = [jnp.sum(single(weights[path]) * single(gradients[path])) for path in weights]
     total = sum(flows[1:], flows[0])
     return scaled.logarithm(scaled.Scaled(total, exponent))
 
