@@ -136,12 +136,19 @@ class Supernet:
     def extract(self, params: Any, candidate: Any) -> Subnetwork:
         """Take a sub-network out: channels, kernel borders and branches leave for real.
 
+        Its functions are the model's own operations on smaller arrays. Rematerialization is not
+        among them: ask for it anew with ``jax.checkpoint``.
+
         Args:
             params: the largest model's, trained.
             candidate: of ``space``, plain numbers.
 
         Returns:
             The sub-network.
+
+        Raises:
+            TypeError: a number is traced, or a leaf compressed.
+            ValueError: the candidate does not fit the space.
         """
         check_dense(params)
         values = self._values(candidate)

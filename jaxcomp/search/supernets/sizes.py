@@ -41,7 +41,7 @@ class Table(NamedTuple):
 
     Attributes:
         parts: that it depends on.
-        costs: ``(options of each part, ..., 3)``: MACs, FLOPs, parameters, bytes.
+        costs: ``(options of each part, ..., 4)``: MACs, FLOPs, parameters, bytes.
     """
 
     parts: tuple[Part, ...]
