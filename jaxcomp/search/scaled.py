@@ -62,7 +62,7 @@ def run(program: Program, values: Sequence[Any]) -> list[Scaled]:
         >>> float(found.mantissa), int(found.exponent)  # 3 * 2**200
         (1.5, 201)
     """
-    return _block(program.block, [Scaled(value, jnp.int32(0)) for value in values])
+    return _block(program.block, _with(values, jnp.int32(0)))
 
 
 def logarithm(value: Scaled) -> Any:
