@@ -12,7 +12,7 @@ import pytest
 import jaxcomp
 from jaxcomp import tree as tree_lib
 from jaxcomp.model import trace
-from jaxcomp.search.spaces import decode, mutate, sample
+from jaxcomp.search.spaces import Choice, decode, mutate, sample
 from jaxcomp.search.stacking import stack
 from jaxcomp.search.supernets import supernet
 from jaxcomp.search.supernets.masks import by_kind
@@ -286,6 +286,19 @@ def test_kernel_sizes_need_a_centre():
     standardized = lambda p, x: conv({"k": p["k"] - p["k"].mean((2, 3), keepdims=True)}, x)
     with pytest.raises(ValueError, match="k: its kernel cannot be cut to its centre: reduce_sum"):
         supernet(standardized, params, x, kernel={"k": (3, 5)})
+
+
+def test_a_pattern_of_a_whole_layer_means_its_kernel():
+    def conv(p, x):
+        made = jax.lax.conv(x, p["layer/kernel"], (1, 1), "SAME")
+        return made + p["layer/bias"].reshape(-1, 1, 1)
+
+    params = {"layer/kernel": np.ones((2, 2, 5, 5), np.float32), "layer/bias": np.ones(2)}
+    x = np.ones((1, 2, 8, 8), np.float32)
+    net = supernet(conv, params, x, kernel={"*layer*": (3, 5)})
+    assert net.space == {"kernel": {"layer/kernel": Choice((3, 5))}}
+    with pytest.raises(ValueError, match="layer/bias: its kernel cannot be cut to its centre"):
+        supernet(conv, params, x, kernel={"*bias": (3, 5)})
 
 
 def test_candidates_that_do_not_fit_are_refused_by_name():

@@ -136,7 +136,8 @@ def kernels(programs: Sequence[Program], patterns: Any) -> dict[Part, list[Mask]
 
     Args:
         programs: the model, and other functions of the same parameters.
-        patterns: by pattern of leaves, heights and widths.
+        patterns: by pattern of leaves, heights and widths; of the leaves, those of fewer than three
+            axes do not count.
 
     Returns:
         By part, its mask.
@@ -151,8 +152,13 @@ def kernels(programs: Sequence[Program], patterns: Any) -> dict[Part, list[Mask]
         assigned = tree_lib.assign(patterns, program.leaves)
     except ValueError as error:
         raise ValueError(f"kernel: {error}") from None
+    # Biases go by the names of their layers too; a convolution's kernel has three axes or more.
+    could_be = lambda path: len(program.leaves[path].shape) >= 3
+    useful = {pattern for path, pattern in assigned.items() if could_be(path)}
     parts: dict[Part, list[Mask]] = {}
     for path, pattern in assigned.items():
+        if pattern in useful and not could_be(path):
+            continue
         shape, axes = program.leaves[path].shape, kernel_axes(program, path)
         for other in programs[1:]:
             kernel_axes(other, path)
