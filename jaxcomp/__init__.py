@@ -1,6 +1,6 @@
 """jaxcomp: smaller and faster neural networks, as pure functions on parameter pytrees."""
 
-from jaxcomp import checkpoint, distill, factorize, model, prune, quantize, share
+from jaxcomp import checkpoint, distill, factorize, model, prune, quantize, search, share
 from jaxcomp.arrays import (
     BlockSparseArray,
     CodebookArray,
@@ -57,6 +57,7 @@ __all__ = [
     "prune",
     "quantize",
     "save",
+    "search",
     "share",
     "wrap_optimizer",
 ]
