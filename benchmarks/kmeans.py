@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """Time and inertia of 1-D k-means: our codebooks against kmeans1d's and scikit-learn's.
 
     python benchmarks/kmeans.py --size 1000000 --clusters 256 16
@@ -96,7 +97,8 @@ def rows(weights: np.ndarray, clusters: int, fast: int, slow: int) -> list[tuple
         ("  assign", seconds(lambda: nearest(ours, codebook), fast)[0], None),
         ("  fit by Lloyd alone", seconds(lloyd, fast)[0], inertia(weights, np.asarray(lloyd()))),
     ]
-    timing, (_, centers) = seconds(lambda: kmeans1d.cluster(weights, clusters), slow, warm=False)
+    optimal: Any = kmeans1d.cluster
+    timing, (_, centers) = seconds(lambda: optimal(weights, clusters), slow, warm=False)
     result.append(("kmeans1d, the optimum", timing, inertia(weights, np.asarray(centers))))
     for model in (KMeans, MiniBatchKMeans):
         timing, centers = seconds(partial(theirs, model), slow, warm=False)
