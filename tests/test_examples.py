@@ -83,6 +83,17 @@ def test_a_taught_student(tmp_path, monkeypatch, capsys):
     assert "by the teacher" in capsys.readouterr().out
 
 
+def test_a_tuned_schedule_and_activation(capsys):
+    rows = load("tune_schedule_and_activation").main()
+    assert len(rows) == 54
+    held_out = [row[1] for row in rows]
+    assert held_out == sorted(held_out, reverse=True)
+    # What was chosen on held-out images is good on others too, and the grid has bad choices.
+    assert rows[0][2] > 0.93
+    assert held_out[-1] < 0.8
+    assert "54 candidates" in capsys.readouterr().out
+
+
 def test_deep_compression(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     found = load("deep_compression").main(["--epochs", "6", "8", "2"])
