@@ -37,8 +37,8 @@ HAN = {
     "lenet-300-100": Han(
         {"dense1": 0.92, "dense2": 0.88, "dense3": 0.5},
         {"dense1": 16, "dense2": 16, "dense3": 16},
-        (20, 5),
-        (0.1, 0.0),
+        (40, 10),
+        (0.15, 0.0),
     ),
     "lenet-5": Han(
         {"conv1": 0.34, "conv2": 0.88, "dense1": 0.94, "dense2": 0.81},
@@ -140,6 +140,8 @@ SEARCH: dict[str, list[Han | Record]] = {
         Record(6e-6, 40, 1e-3, (0.1, 0.0)),
         Han({"dense1": 0.93, "dense2": 0.9, "dense3": 0.5}, _CLUSTERS, (20, 5), (0.05, 0.1)),
         Han({"dense1": 0.92, "dense2": 0.88, "dense3": 0.5}, _CLUSTERS, (20, 5), (0.1, 0.1)),
+        HAN["lenet-300-100"]._replace(epochs=(20, 5), dropout=(0.1, 0.0)),
+        HAN["lenet-300-100"]._replace(dropout=(0.1, 0.0)),
         HAN["lenet-300-100"],
     ],
     "lenet-5": [
