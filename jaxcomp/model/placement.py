@@ -32,7 +32,7 @@ def take(leaf: Any, kept: tuple[Any, ...]) -> Any:
         return leaf
     shape = smaller_shape(leaf.shape, kept)
     sharding = getattr(leaf, "sharding", None) if not isinstance(leaf, jax.core.Tracer) else None
-    placed = _divisible(sharding, shape) if isinstance(sharding, NamedSharding) else None
+    placed = divisible(sharding, shape) if isinstance(sharding, NamedSharding) else None
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=placed)
 
@@ -69,8 +69,14 @@ def at_once(function: Any, leaf: Any) -> Any:
     return jax.device_put(function(host), leaf.sharding if leaf.committed else None)
 
 
-def _divisible(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
-    """A placement without the mesh axes that no longer divide."""
+def divisible(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    """A placement without the mesh axes that do not divide a shape, which is replicated there.
+
+    Example:
+        >>> mesh = jax.sharding.AbstractMesh((2, 4), ("data", "model"))
+        >>> tuple(divisible(NamedSharding(mesh, PartitionSpec("data", "model")), (8, 6)).spec)
+        ('data', None)
+    """
     entries: list[Any] = []
     for names, size in zip(sharding.spec, shape, strict=False):
         axes = (names,) if isinstance(names, str) else names or ()

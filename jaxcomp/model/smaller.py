@@ -6,10 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jaxcomp.model.cut import Cut, is_cut, masks_of, positions_of, resolve, shape_of, shrunk, take
 from jaxcomp.model.dims import kept
 from jaxcomp.model.flow import follow
+from jaxcomp.model.placement import divisible
 from jaxcomp.model.program import Block, Op, Value, read, scan_counts, walk, wirings
 
 
@@ -36,8 +38,7 @@ def _bind(cut: Cut, op: Op, arguments: list[Any]) -> Sequence[Any]:
             return [shrunk(cut, op.outputs[0], whole)]
         if op.name == "slice":
             return [_slice(cut, op, arguments[0])]
-        if op.name in ("sharding_constraint", "reshard") and not _divides(cut, op):
-            return arguments
+        params = _placed(params, cut, op)
         if op.name in _SMALLER:
             params = {**params, **_SMALLER[op.name](cut, op)}
     # The sum over channels that a mean divides has lost its axis already.
@@ -70,13 +71,15 @@ def _renormalized(cut: Cut, op: Op, arguments: list[Any]) -> list[Any]:
     return arguments
 
 
-def _divides(cut: Cut, op: Op) -> bool:
-    """Whether a sharding still fits the smaller array."""
-    try:
-        op.params["sharding"].shard_shape(shape_of(cut, op.outputs[0]))
-    except ValueError:
-        return False
-    return True
+def _placed(params: dict[str, Any], cut: Cut, op: Op) -> dict[str, Any]:
+    """Parameters whose placements fit the smaller result: axes that no longer divide are whole."""
+    shape = shape_of(cut, op.outputs[0])
+    fitting = {
+        name: divisible(value, shape)
+        for name, value in params.items()
+        if isinstance(value, NamedSharding)
+    }
+    return {**params, **fitting}
 
 
 def _slice(cut: Cut, op: Op, array: Any) -> Any:

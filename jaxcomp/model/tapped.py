@@ -47,11 +47,14 @@ class Swap(NamedTuple):
         keys: the entries that it works on.
         loops: as those of :class:`Tap`, for all of these entries.
         perform: ``perform(entries, inputs, bind) -> (results, entries)``, with the entries by key.
+        reads: other values of the same body, computed before the operation, that ``perform`` is
+            given behind the operation's own inputs.
     """
 
     keys: tuple[str, ...]
     loops: tuple[Op, ...]
     perform: Callable[[State, tuple[Any, ...], Bind], tuple[Sequence[Any], State]]
+    reads: tuple[Value, ...] = ()
 
 
 Taps = Mapping[Op, Sequence[Tap]]
@@ -147,7 +150,9 @@ def _block(
     for op in block.ops:
         inputs = tuple(map(value, op.inputs))
         if op in plan.swaps:
-            results, state = _swapped(op, inputs, plan.swaps[op], state)
+            swap = plan.swaps[op]
+            reads = map(value, swap.reads) if isinstance(swap, Swap) else ()
+            results, state = _swapped(op, (*inputs, *reads), swap, state)
         elif any(True for _ in _entries(op.blocks, plan)):
             results, state = _nested(op, inputs, plan, state)
         else:

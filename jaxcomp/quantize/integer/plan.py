@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 from jaxcomp.arrays import QuantizedArray, is_compressed
 from jaxcomp.model import tapped
 from jaxcomp.model.program import Op, Program
+from jaxcomp.model.readers import Reader, by_operand, readers
 from jaxcomp.model.uses import find_uses
 from jaxcomp.quantize.activations.points import PRODUCTS, Point, Rules, choose, find_points
 from jaxcomp.quantize.activations.traced import RoundedPoint
 from jaxcomp.quantize.formats import AnyFormat, Format
-from jaxcomp.quantize.integer.operands import Reader, by_operand, readers
 from jaxcomp.quantize.integer.products import check_activations, check_sums
 from jaxcomp.quantize.integer.weights import (
     Layout,

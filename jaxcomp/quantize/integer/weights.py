@@ -13,7 +13,7 @@ from jaxcomp.arrays.bits import unpack_bits
 from jaxcomp.arrays.blocks import split_shape, wide_scale
 from jaxcomp.kernels.int8 import Int8Weight, int8_weight
 from jaxcomp.model.program import Op
-from jaxcomp.quantize.integer.operands import Step, relayout
+from jaxcomp.model.readers import Step, relayout
 from jaxcomp.sharding import automatic
 
 # Scales that change more often than this along the inputs cost more than the product.
