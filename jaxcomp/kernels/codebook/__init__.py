@@ -1,0 +1,1 @@
+"""The product with a matrix of shared values, read as packed indices."""

@@ -1,0 +1,1 @@
+"""Products and convolutions with weights, and activations, that are rounded on the way."""

@@ -1,0 +1,162 @@
+"""The product with a weight that is rounded in fast memory, for TPUs through Mosaic.
+
+The scales have been found before; the rounded weight never goes back to slow memory.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu
+
+from jaxcomp.kernels.fake_quant.rounding import (
+    Rounding,
+    group_scales,
+    group_size,
+    nearest_values,
+    why_not_grouped,
+)
+from jaxcomp.kernels.forms import Kernel
+from jaxcomp.kernels.tiles import dot, largest_divisor, pad_rows, row_tile
+
+_TILES = (
+    {"rows": 256, "block": 512, "columns": 256},
+    {"rows": 512, "block": 512, "columns": 512},
+    {"rows": 128, "block": 1024, "columns": 512},
+)
+_FLOATS = (jnp.float32, jnp.bfloat16)
+# A tile is 128 wide; bfloat16 lies in memory in sixteen rows.
+_WIDE, _LEAST = 128, 16
+_IN_ORDER = tpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
+
+
+def forward(rounding: Rounding) -> Kernel:
+    """As :func:`jaxcomp.kernels.fake_quant.triton.forward`."""
+
+    def run(
+        x: Any, w: Any, *scales: Any, rows: int, block: int, columns: int, interpret: bool
+    ) -> jax.Array:
+        tile, count = row_tile(rows, x.shape[0], _LEAST), x.shape[0]
+        block, columns = (
+            largest_divisor(*each) for each in ((block, w.shape[0]), (columns, w.shape[1]))
+        )
+        here = ((block, columns), lambda i, j, k: (k, j))
+        made = _summed(
+            False,
+            rounding,
+            (pad_rows(x, tile), w, *scales),
+            [pl.BlockSpec((tile, block), lambda i, j, k: (i, k)), pl.BlockSpec(*here)],
+            here,
+            (w.shape[1] // columns, w.shape[0] // block),
+            (tile, columns),
+            interpret,
+        )
+        return made[:count]
+
+    return Kernel(run, partial(unfit, rounding), _TILES)
+
+
+def to_input(rounding: Rounding) -> Kernel:
+    """As :func:`jaxcomp.kernels.fake_quant.triton.to_input`."""
+
+    def run(
+        dy: Any, w: Any, *scales: Any, rows: int, block: int, columns: int, interpret: bool
+    ) -> jax.Array:
+        tile, count = row_tile(rows, dy.shape[0], _LEAST), dy.shape[0]
+        block, columns = (
+            largest_divisor(*each) for each in ((block, w.shape[0]), (columns, w.shape[1]))
+        )
+        here = ((block, columns), lambda i, j, k: (j, k))
+        made = _summed(
+            True,
+            rounding,
+            (pad_rows(dy, tile), w, *scales),
+            [pl.BlockSpec((tile, columns), lambda i, j, k: (i, k)), pl.BlockSpec(*here)],
+            here,
+            (w.shape[0] // block, w.shape[1] // columns),
+            (tile, block),
+            interpret,
+        )
+        return made[:count]
+
+    return Kernel(run, partial(unfit, rounding), _TILES)
+
+
+def unfit(rounding: Rounding, x: Any, w: Any, scale: Any, *zero_point: Any) -> str | None:
+    """Why these do not fit the kernels, or None."""
+    del zero_point
+    inputs, outputs = w.shape
+    if inputs % _WIDE or outputs % _WIDE:
+        return f"{inputs} inputs and {outputs} outputs are not both multiples of {_WIDE}"
+    wrong = [str(each.dtype) for each in (x, w) if each.dtype not in _FLOATS]
+    return (
+        f"{wrong[0]} is neither float32 nor bfloat16" if wrong else why_not_grouped(rounding, scale)
+    )
+
+
+def _summed(
+    transposed: bool,
+    rounding: Rounding,
+    arrays: Any,
+    specs: Any,
+    of_weight: Any,
+    steps: tuple[int, int],
+    tile: tuple[int, int],
+    interpret: bool,
+) -> jax.Array:
+    """A kernel over a grid whose last axis is summed over, in float32."""
+    x, w, *scales = arrays
+    ((block, columns), where), group = of_weight, group_size(rounding, w)
+    grouped, clipped = group_scales(rounding, w, *scales)
+
+    def of_group(i: Any, j: Any, k: Any) -> Any:
+        down, across = where(i, j, k)
+        return (down if group <= block else jax.lax.div(down * block, group)), 0, across
+
+    groups = max(1, block // group)
+    scale_spec = pl.BlockSpec((groups, 1, columns), of_group)
+    return pl.pallas_call(
+        partial(_kernel, transposed, rounding, clipped),
+        jax.ShapeDtypeStruct(
+            (x.shape[0], w.shape[0] if transposed else w.shape[1]), jnp.result_type(x, w)
+        ),
+        grid=(x.shape[0] // tile[0], *steps),
+        in_specs=[*specs, *[scale_spec] * len(grouped)],
+        out_specs=pl.BlockSpec(tile, lambda i, j, k: (i, j)),
+        scratch_shapes=[tpu.VMEM(tile, jnp.float32)],
+        compiler_params=_IN_ORDER,
+        interpret=interpret,
+        name="fake_quant_matmul_to_input" if transposed else "fake_quant_matmul",
+    )(x, w, *(each[:, None] for each in grouped))
+
+
+def _kernel(
+    transposed: bool, rounding: Rounding, clipped: bool, x: Any, w: Any, *rest: Any
+) -> None:
+    *scales, out, total = rest
+
+    @pl.when(pl.program_id(2) == 0)
+    def _() -> None:
+        total[...] = jnp.zeros(total.shape, total.dtype)
+
+    matrix = _rounded(w, [each[...] for each in scales], rounding, clipped)
+    total[...] += dot(x[...], matrix.T if transposed else matrix)
+
+    @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
+    def _() -> None:
+        out[...] = total[...].astype(out.dtype)
+
+
+def _rounded(w: Any, scales: Any, rounding: Rounding, clipped: bool) -> jax.Array:
+    scale, inverse, *zero = scales
+    # The members of a group lie one below the other.
+    grouped = w[...].astype(jnp.float32).reshape(scale.shape[0], -1, w.shape[1])
+    found = nearest_values(
+        grouped, scale, inverse, zero[0] if zero else None, rounding, jnp.round
+    ).reshape(w.shape)
+    if clipped:
+        largest = float(jnp.finfo(w.dtype).max)
+        found = jnp.minimum(jnp.maximum(found, -largest), largest)
+    return found.astype(w.dtype)

@@ -1,0 +1,160 @@
+"""Which form of an operation runs: XLA's, or a kernel of our own where the platform has one.
+
+An operation has an ``xla`` form, which runs everywhere, and forms written with Pallas: ``triton``
+and ``mosaic_gpu`` for NVIDIA's chips, ``mosaic_tpu`` for Google's. They compute the same.
+"""
+
+import functools
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+
+from jaxcomp.kernels.tables import IMPLEMENTATIONS, Row, note, row_for
+
+# The platforms as JAX lowers for them, and the forms written for each, the best first.
+PLATFORMS = {"cuda": ("triton", "mosaic_gpu"), "tpu": ("mosaic_tpu",)}
+
+
+class Kernel(NamedTuple):
+    """One form of an operation, written with Pallas.
+
+    Attributes:
+        run: ``run(*arrays, interpret=..., **tile)``; ``tile`` are static sizes.
+        unfit: ``unfit(*arrays) -> str | None``: why it does not take arrays of these shapes and
+            dtypes, or None.
+        tiles: sizes to try when it is tuned; the first is taken where it was not.
+    """
+
+    run: Callable[..., Any]
+    unfit: Callable[..., str | None]
+    tiles: tuple[Mapping[str, int], ...] = ({},)
+
+
+class Choice(NamedTuple):
+    """A form and its sizes, as tuning found them.
+
+    Attributes:
+        implementation: one of :data:`IMPLEMENTATIONS`.
+        tile: static sizes of a Pallas form; empty for ``xla``.
+    """
+
+    implementation: str
+    tile: Mapping[str, int] = {}
+
+
+def choose(
+    operation: str,
+    xla: Callable[..., Any],
+    kernels: Mapping[str, Kernel],
+    arrays: tuple[Any, ...],
+    implementation: Any = None,
+    examples: Callable[[Any], tuple[Any, ...]] | None = None,
+) -> Any:
+    """Run an operation in the form that is asked for, or the best that its platform has.
+
+    A Pallas form that is asked for by name runs in Pallas's interpreter where the platform is a
+    CPU: right, and slow.
+
+    Args:
+        operation: its name, for messages.
+        xla: the form that runs everywhere.
+        kernels: the others by implementation.
+        arrays: what they take; leaves of pytrees count, too.
+        implementation: one of :data:`IMPLEMENTATIONS`; None for what :func:`tuned` says, or the
+            best that takes these arrays.
+        examples: ``examples(rng)`` makes arrays to tune with, where random numbers will not do.
+
+    Returns:
+        What the forms return.
+
+    Raises:
+        ValueError: the implementation is unknown, not written for this operation, or does not take
+            these arrays.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> choose("double", lambda x: 2 * x, {}, (jnp.ones(2),))
+        Array([2., 2.], dtype=float32)
+        >>> choose("double", lambda x: 2 * x, {}, (jnp.ones(2),), "triton")
+        Traceback (most recent call last):
+        ...
+        ValueError: double has no form 'triton': take None or one of ['xla']
+    """
+    written = ["xla", *(name for name in IMPLEMENTATIONS if name in kernels)]
+    if implementation is not None and implementation not in written:
+        raise ValueError(
+            f"{operation} has no form {implementation!r}: take None or one of {written}"
+        )
+    # A kernel of nothing has no tiles.
+    if implementation == "xla" or any(
+        math.prod(each.shape) == 0 for each in jax.tree.leaves(arrays)
+    ):
+        return xla(*arrays)
+    if implementation is not None:
+        reason = kernels[implementation].unfit(*arrays)
+        if reason:
+            raise ValueError(f"{operation}, {implementation}: {reason}")
+        kernel = kernels[implementation]
+        return _on_any(kernel, kernel.tiles[0], arrays)
+    note(operation, xla, kernels, arrays, examples)
+    row = row_for(operation, arrays)
+    if row is not None and row.implementation == "xla":
+        return xla(*arrays)
+    forms = {
+        platform: form
+        for platform in PLATFORMS
+        if (form := _best(operation, platform, kernels, arrays, row))
+    }
+    return lax.platform_dependent(*arrays, **forms, default=xla) if forms else xla(*arrays)
+
+
+def run_choice(
+    xla: Callable[..., Any], kernels: Mapping[str, Kernel], arrays: tuple[Any, ...], choice: Choice
+) -> Any:
+    """Run an operation in one form with one tile, as tuning does; arguments as for :func:`choose`.
+
+    Example:
+        >>> run_choice(lambda x: x + 1, {}, (1,), Choice("xla"))
+        2
+    """
+    if choice.implementation == "xla":
+        return xla(*arrays)
+    return _on_any(kernels[choice.implementation], choice.tile, arrays)
+
+
+def _on_any(kernel: Kernel, tile: Mapping[str, int], arrays: tuple[Any, ...]) -> Any:
+    interpreted = functools.partial(kernel.run, interpret=True, **tile)
+    compiled = functools.partial(kernel.run, interpret=False, **tile)
+    return lax.platform_dependent(*arrays, cpu=interpreted, default=compiled)
+
+
+def _best(
+    operation: str,
+    platform: str,
+    kernels: Mapping[str, Kernel],
+    arrays: tuple[Any, ...],
+    row: Row | None,
+) -> Callable[..., Any] | None:
+    """The form of a platform; None for XLA's, which is said once where it is a makeshift."""
+    reasons = {
+        name: kernels[name].unfit(*arrays) for name in PLATFORMS[platform] if name in kernels
+    }
+    fits = [name for name, reason in reasons.items() if reason is None]
+    if fits:
+        measured = row is not None and row.implementation in fits
+        name = row.implementation if row is not None and measured else fits[0]
+        tile = dict(row.tile) if row is not None and measured else kernels[name].tiles[0]
+        return functools.partial(kernels[name].run, interpret=False, **tile)
+    if reasons and jax.default_backend() in (platform, {"cuda": "gpu"}.get(platform)):
+        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        _say_once(f"{operation} runs as XLA compiles it: {why}")
+    return None
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=5)

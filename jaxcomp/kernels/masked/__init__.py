@@ -1,0 +1,1 @@
+"""Products with a matrix or a kernel of which a mask keeps a part."""

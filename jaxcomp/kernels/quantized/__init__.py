@@ -1,0 +1,1 @@
+"""Products with a matrix of packed codes and their scales."""

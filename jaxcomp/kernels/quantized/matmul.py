@@ -1,0 +1,168 @@
+"""The product of activations with a matrix of packed codes."""
+
+import functools
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxcomp.arrays.grid import GridArray
+from jaxcomp.arrays.quantized import QuantizedArray
+from jaxcomp.kernels.forms import Kernel, choose
+from jaxcomp.kernels.placed import Axes, explicit, placed
+from jaxcomp.kernels.quantized import tpu, triton, triton_rounded, xla
+from jaxcomp.kernels.quantized.activations import MANY_ROWS, quantize_rows, unfit_codes
+from jaxcomp.kernels.quantized.activations import forward as rounded
+from jaxcomp.kernels.quantized.packed import Coding, packed_matrix
+
+_FORMS = {"triton": triton, "mosaic_tpu": tpu}
+# What a device's part of the inputs and outputs must be a multiple of.
+_PARTS = {"triton": (64, triton.COLUMNS), "mosaic_tpu": (128, 256)}
+# Each is measured by itself: its name, which axis is summed over and which is kept, XLA's form.
+_KINDS = {
+    "forward": ("quantized_matmul", ("i", "o"), xla.forward),
+    "to_input": ("quantized_matmul, to input", ("o", "i"), xla.to_input),
+    "rounded": ("quantized_matmul, rounded", ("i", "o"), rounded),
+}
+
+
+def quantized_matmul(
+    x: Float[Array, "..."],
+    weight: Any,
+    *,
+    activations: str | None = None,
+    implementation: Any = None,
+) -> Float[Array, "..."]:
+    """``x @ weight.decode()``, the weight read as the codes that it is kept in.
+
+    Args:
+        x: activations, ``(*rows, inputs)``.
+        weight: a quantized leaf of two axes, ``(inputs, outputs)``, of any form and granularity.
+        activations: None, or what each row of ``x`` is rounded to first, with a scale of its own:
+            ``"int8"`` (with integer codes, or ``float4_e2m1fn``), ``"float8_e4m3fn"`` or
+            ``"float8_e5m2"`` (with codes of that kind; the first also with 4 bits and fewer).
+            The product is then one of 8-bit codes, summed in 32 bits; static.
+        implementation: ``"xla"``, ``"triton"``, ``"mosaic_tpu"``, or None for the best on the
+            platform; static. Kernels take codes of 4 and 8 bits and, of small floats,
+            ``float4_e2m1fn`` (MXFP4 and NVFP4, whose levels are small integers of half a scale).
+            Other codes are left to XLA, and so are many rows of rounded activations, unless they
+            are ``"int8"`` on a GPU with a scale for each output.
+
+    Returns:
+        ``(*rows, outputs)`` in the dtype of ``x``, summed in float32 (float64 for float64). Codes
+        are exact in that dtype, and the scale of a channel or group multiplies its sum, except
+        where groups are small for the chip or XLA: there it multiplies the codes. Gradients go to
+        ``x``, straight through its rounding; not to the weight: scales are trained with
+        :func:`jaxcomp.quantize.learned_step`.
+
+    Raises:
+        TypeError: the weight is another leaf.
+        ValueError: shapes that do not fit, activations that do not go with the codes, or an
+            implementation that does not take them.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> leaf = QuantizedArray(jnp.array([[127], [130]], jnp.uint8), jnp.array([[0.5]]), None,
+        ...                       8, 1, (), jnp.float32)
+        >>> quantized_matmul(jnp.array([[2.0, 3.0]]), leaf)
+        Array([[2.]], dtype=float32)
+    """
+    if not isinstance(weight, QuantizedArray | GridArray):
+        kind = type(weight).__name__
+        raise TypeError(f"weight must be a QuantizedArray or a GridArray, not {kind}")
+    shape = weight.shape
+    if x.ndim < 1 or len(shape) != 2 or x.shape[-1] != shape[0]:
+        raise ValueError(
+            f"x {x.shape} and the leaf {shape} must be (*rows, inputs) and (inputs, outputs)"
+        )
+    coding, arrays = packed_matrix(weight)
+    if activations is not None and (reason := unfit_codes(coding, activations)):
+        raise ValueError(reason)
+    if 0 in (*x.shape, *shape):
+        return jnp.zeros((*x.shape[:-1], shape[1]), x.dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    y: Any = _product((coding, activations, implementation), rows, *arrays)
+    return y.reshape(*x.shape[:-1], shape[1])
+
+
+def quantized_matmul_reference(x: Any, weight: Any) -> jax.Array:
+    """The same as :func:`quantized_matmul`, written plainly.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> leaf = QuantizedArray(jnp.array([[127], [130]], jnp.uint8), jnp.array([[0.5]]), None,
+        ...                       8, 1, (), jnp.float32)
+        >>> quantized_matmul_reference(jnp.array([[2.0, 3.0]]), leaf)
+        Array([[2.]], dtype=float32)
+    """
+    return x @ weight.decode().astype(x.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(static: tuple[Coding, Any, Any], x: Any, codes: Any, scale: Any, zero: Any) -> Any:
+    coding, activations, implementation = static
+    run = partial(_run, coding=coding, implementation=implementation)
+    if activations is None:
+        return run("forward", x, codes, scale, zero)
+    small, x_scale = quantize_rows(x, activations)
+    if x.shape[0] >= MANY_ROWS:
+        return run("rounded", small, codes, scale, zero, x_scale, dtype=x.dtype)
+    # Codes of 8 bits are exact in these.
+    exact = jnp.bfloat16 if x.dtype.itemsize == 2 else x.dtype
+    y = run("forward", small.astype(exact), codes, scale, zero)
+    return (y.astype(x_scale.dtype) * x_scale).astype(x.dtype)
+
+
+def _product_forward(static: Any, x: Any, codes: Any, scale: Any, zero: Any) -> Any:
+    return _product(static, x, codes, scale, zero), (codes, scale, zero)
+
+
+def _product_backward(static: Any, kept: Any, dy: jax.Array) -> Any:
+    coding, _, implementation = static
+    dx = _run("to_input", dy, *kept, coding=coding, implementation=implementation)
+    return dx, None, None, None
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def _run(
+    kind: str, *arrays: Any, coding: Coding, implementation: Any, dtype: Any = None
+) -> jax.Array:
+    present = tuple(array for array in arrays if array is not None)
+    groups, count = present[2].shape[0], len(present)
+    size = present[1].shape[0] // groups if groups > 1 else 0
+    name, _, plain = _KINDS[kind]
+    static = (coding,) if dtype is None else (coding, dtype)
+    forms = _kernels(kind, static, size, count)
+
+    def run(*arrays: jax.Array) -> jax.Array:
+        return choose(name, partial(plain, *static), forms, arrays, implementation)
+
+    return explicit(run, _axes(kind, size, count))(*present)
+
+
+def _axes(kind: str, size: int, count: int) -> Axes:
+    """Of ``count`` arrays, with groups of ``size`` inputs, or 0 without."""
+    summed, kept = _KINDS[kind][1]
+    by_group = ("i" if size else "u", "o")
+    rest = (by_group,) * (count - 2)
+    if kind == "rounded":
+        rest = (*rest[:-1], ("r", "v"))
+    return Axes((("r", summed), ("i", "o"), *rest), ("r", kept))
+
+
+@functools.cache
+def _kernels(kind: str, static: tuple[Any, ...], size: int, count: int) -> dict[str, Kernel]:
+    def on_a_mesh(name: str, kernel: Kernel) -> Kernel:
+        inputs, outputs = _PARTS[name]
+        parts = {"i": max(inputs, size), "o": outputs}
+        axes = _axes(kind, size, count)._replace(parts=parts)
+        run = lambda *arrays, **how: placed(partial(kernel.run, **how), axes)(*arrays)
+        return kernel._replace(run=run)
+
+    if kind == "rounded":
+        return {"triton": on_a_mesh("triton", triton_rounded.forward(*static))}
+    return {name: on_a_mesh(name, getattr(form, kind)(*static)) for name, form in _FORMS.items()}

@@ -1,0 +1,234 @@
+"""Products with weights and activations that are rounded on the way."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jaxcomp.kernels.fake_quant.matmul import fake_quant_matmul, fake_quant_matmul_reference
+from jaxcomp.kernels.fake_quant.operand import Operand, scaled, values
+from jaxcomp.kernels.fake_quant.rounding import Rounding
+from jaxcomp.kernels.fake_quant.triton import to_even
+from jaxcomp.quantize import Format, PerBlock, PerChannel, PerGroup, PerTensor, fake_quant
+
+SAME = {
+    "channel": (PerChannel(), {"axis": -1}),
+    "inputs": (PerChannel(0), {"axis": 0}),
+    "tensor": (PerTensor(), {"axis": None}),
+    "groups": (PerGroup(4), {"blocks": ((4, -2),)}),
+    "tiles": (PerBlock((4, 2)), {"blocks": ((4, -2), (2, -1))}),
+}
+RNG = np.random.default_rng(0)
+
+
+def weight(dtype=jnp.float32, shape=(8, 6)):
+    w = RNG.normal(size=shape) + 0.3
+    w[:, 1] = 0
+    return jnp.asarray(w, dtype)
+
+
+def same_bits(found, expected):
+    assert found.dtype == expected.dtype
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("kind", SAME)
+def test_the_numbers_are_those_of_quantize(kind, dtype):
+    granularity, shared = SAME[kind]
+    every = [(8, True, True), (3, True, True), (5, False, True), (1, True, False)]
+    w = weight(dtype)
+    for bits, symmetric, zero in every if kind == "channel" else every[1:3]:
+        format = Format(bits, symmetric, granularity, zero)
+        how = Operand(Rounding(bits, symmetric, zero=zero, **shared), False, False)
+        found = jax.jit(lambda w, how=how: values(how, scaled(how, w, None, None), w.dtype))(w)
+        same_bits(found, fake_quant(w, format))
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-42, 3e38, np.inf, np.nan])
+def test_hostile_numbers_are_those_of_quantize(scale):
+    w = weight() * np.float32(scale)
+    for symmetric in (True, False):
+        found = fake_quant_matmul(jnp.eye(8), w, Rounding(4, symmetric, axis=None))
+        expected = np.asarray(fake_quant(w, Format(4, symmetric, PerTensor())))
+        if np.isfinite(scale):
+            np.testing.assert_array_equal(found, expected)
+        else:
+            assert not np.isfinite(np.asarray(found)).any()
+
+
+@pytest.mark.parametrize("keep", ["weight", "codes"])
+@pytest.mark.parametrize("given", [False, True])
+def test_gradients_are_those_of_fake_quant(keep, given):
+    w, x = weight(), jnp.asarray(RNG.normal(size=(3, 8)), jnp.float32)
+    scale = {"scale": jnp.full((6,), 0.15)} if given else {}
+    in_scale = {"input_scale": jnp.asarray(0.05)} if given else {}
+    rows = Rounding(5, axis=None)
+
+    def ours(x, w):
+        y = fake_quant_matmul(x, w, Rounding(4), **scale, inputs=rows, **in_scale, keep=keep)
+        return jnp.sum(jnp.sin(y))
+
+    def composed(x, w):
+        rounded = fake_quant(x, Format(5, granularity=PerTensor()), in_scale.get("input_scale"))
+        return jnp.sum(jnp.sin(rounded @ fake_quant(w, Format(4), scale.get("scale"))))
+
+    found, expected = (jax.grad(each, (0, 1))(x, w) for each in (ours, composed))
+    jax.tree.map(same_bits, found, expected)
+    if given:
+        assert all((np.asarray(each) == 0).any() for each in found)
+
+
+def test_affine_scales_that_are_given_and_each_row_by_itself():
+    w, x = weight(), jnp.asarray(RNG.normal(size=(2, 3, 8)), jnp.float32)
+    scale, zero = jnp.full((1, 6), 0.1), jnp.full((1, 6), 3, jnp.uint8)
+    y = fake_quant_matmul(
+        x, w, Rounding(4, False), scale=scale, zero_point=zero, inputs=Rounding(8, axis=(0, 1))
+    )
+    rows = fake_quant(x, Format(8, granularity=PerChannel((0, 1))))
+    same_bits(y, rows @ fake_quant(w, Format(4, symmetric=False), scale, zero))
+
+
+@pytest.mark.parametrize("implementation", ["xla", "triton", "mosaic_tpu"])
+@pytest.mark.parametrize("blocks", [(), ((32, -2),)])
+def test_narrow_scales_and_clipping_in_every_form(implementation, blocks):
+    w = jnp.asarray(RNG.normal(size=(128, 128)), jnp.bfloat16)
+    x = jnp.asarray(np.eye(128)[:16], jnp.bfloat16)
+    scale = jnp.asarray(RNG.uniform(0.1, 0.2, size=(4, 1, 128) if blocks else (1, 128)))
+    scale = scale.astype(jnp.float8_e4m3fn)
+    format = Format(4, granularity=PerGroup(32) if blocks else PerChannel())
+    rounding = Rounding(4, blocks=blocks)
+    run = lambda x, w: fake_quant_matmul(x, w, rounding, scale=scale, implementation=implementation)
+    y, back = jax.vjp(run, x, w)
+    expected = fake_quant(w, format, scale)
+    same_bits(y, expected[:16])
+    dx, dw = back(y)
+    inside = jax.vjp(lambda w: fake_quant(w, format, scale), w)[1](jnp.ones_like(w))[0]
+    same_bits(dw, (x.T @ y) * inside)
+    expected = np.asarray(y, np.float64) @ np.asarray(expected, np.float64).T
+    np.testing.assert_allclose(np.asarray(dx, np.float64), expected, atol=0.01 * expected.max())
+
+
+def test_nothing_rounded_is_kept_but_codes_and_bits():
+    w, x = weight(shape=(64, 32)), jnp.ones((16, 64))
+    scale, small = jnp.ones((1, 32)), jnp.asarray(0.1)
+
+    def kept(**given):
+        run = lambda x, w: fake_quant_matmul(x, w, Rounding(4), **given)
+        leaves = jax.tree.leaves(jax.vjp(run, x, w)[1])
+        return leaves, sorted((each.shape, each.dtype.name) for each in leaves if each.size > 32)
+
+    leaves, shapes = kept()
+    assert shapes == [((16, 64), "float32"), ((64, 32), "float32")]
+    for array in (x, w):
+        assert any(
+            (np.asarray(leaf) == array).all() for leaf in leaves if leaf.shape == array.shape
+        )
+    assert kept(scale=scale)[1] == shapes
+    assert kept(scale=scale, keep="codes", inputs=Rounding(8, axis=None), input_scale=small)[1] == [
+        ((16, 8), "uint8"),
+        ((16, 64), "uint8"),
+        ((64, 4), "uint8"),
+        ((64, 32), "uint8"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [
+        (AxisType.Auto, "xla"),
+        (AxisType.Explicit, "xla"),
+        (AxisType.Auto, "triton"),
+        (AxisType.Explicit, "mosaic_tpu"),
+    ],
+)
+def test_weights_on_a_mesh_gather_nothing(kind, form):
+    mesh = jax.make_mesh((2, 2), ("in", "out"), axis_types=(kind, kind))
+    w, x = weight(shape=(256, 256)), jnp.asarray(RNG.normal(size=(4, 256)), jnp.float32)
+    put = lambda a, *spec: jax.device_put(a, NamedSharding(mesh, PartitionSpec(*spec)))
+    rounding = Rounding(4, False, blocks=((16, -2),))
+
+    def loss(x, w):
+        y = fake_quant_matmul(x, w, rounding, inputs=Rounding(8, axis=0), implementation=form)
+        return jnp.sum(y**2)
+
+    step = jax.jit(jax.grad(loss, (0, 1)))
+    placed = put(x, None, "in"), put(w, "in", "out")
+    found, expected = step(*placed), step(x, w)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-3)
+    assert tuple(found[1].sharding.spec) == ("in", "out")
+    assert "all-gather" not in str(step.lower(*placed).compile().as_text())
+
+
+def test_codes_and_bits_on_explicit_axes():
+    kinds = (AxisType.Explicit, AxisType.Explicit)
+    mesh = jax.make_mesh((2, 2), ("in", "out"), axis_types=kinds)
+    w, x = weight(), jnp.asarray(RNG.normal(size=(4, 8)), jnp.float32)
+    put = lambda a, *spec: jax.device_put(a, NamedSharding(mesh, PartitionSpec(*spec)))
+    scale = jnp.full((1, 6), 0.15)
+
+    def loss(x, w):
+        rows = {"inputs": Rounding(4, axis=None), "input_scale": jnp.asarray(0.1)}
+        return jnp.sum(fake_quant_matmul(x, w, Rounding(4), scale=scale, keep="codes", **rows) ** 2)
+
+    step = jax.jit(jax.grad(loss, (0, 1)))
+    found, expected = step(put(x, None, "in"), put(w, "in", "out")), step(x, w)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+    assert tuple(found[1].sharding.spec) == ("in", "out")
+
+
+def test_float64_is_multiplied_in_float64():
+    with jax.enable_x64(True):
+        x, w = jnp.asarray(RNG.normal(size=(3, 8))), jnp.asarray(RNG.normal(size=(8, 2)))
+        y = fake_quant_matmul(x, w, Rounding(6))
+        assert y.dtype == jnp.float64
+        expected = x @ fake_quant_matmul(jnp.eye(8), w, Rounding(6))
+        np.testing.assert_allclose(y, expected, rtol=1e-14)
+
+
+def test_ties_go_to_even_without_an_instruction_for_it():
+    x = np.array([a + b for a, b in itertools.product(range(-5, 6), (0, 0.25, 0.5, 0.75))])
+    x = np.append(x, [0.49999997, 2.0**23 + 1, -(2.0**30), np.inf, -np.inf]).astype(np.float32)
+    np.testing.assert_array_equal(to_even(jnp.asarray(x)), np.round(x))
+    assert np.isnan(to_even(jnp.asarray(np.nan)))
+
+
+def test_the_reference_is_the_same():
+    w, x = weight(), jnp.asarray(RNG.normal(size=(3, 8)), jnp.float32)
+    same_bits(fake_quant_matmul(x, w, Rounding(4)), fake_quant_matmul_reference(x, w, Rounding(4)))
+
+
+WRONG = {
+    "bits must be 1 to 8, not 9": {"rounding": Rounding(9)},
+    "1 bit around zero": {"rounding": Rounding(1)},
+    "zero=False needs": {"rounding": Rounding(2, symmetric=False, zero=False)},
+    "blocks of 3 do not divide": {"rounding": Rounding(blocks=((3, -2),))},
+    "has no axis 2": {"rounding": Rounding(axis=2)},
+    "keep must be": {"rounding": Rounding(), "keep": "bits"},
+    "zero_point was given without": {"rounding": Rounding(), "zero_point": jnp.zeros(6, "uint8")},
+    "an affine rounding takes a": {"rounding": Rounding(4, False), "scale": jnp.ones(6)},
+    "a scale of shape .5,. does not": {"rounding": Rounding(), "scale": jnp.ones(5)},
+    "x: a scale without": {"rounding": Rounding(), "input_scale": jnp.ones(())},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_what_does_not_fit_is_an_error(message):
+    with pytest.raises(ValueError, match=message):
+        fake_quant_matmul(jnp.ones((2, 8)), jnp.ones((8, 6)), **WRONG[message])
+
+
+def test_shared_by_what_kernels_do_not_take():
+    x, w = jnp.ones((16, 128)), jnp.ones((128, 128))
+    for rounding, reason in (
+        (Rounding(axis=0), "each input has a scale of its own"),
+        (Rounding(blocks=((8, -2),)), "groups of 8 inputs are no power of two"),
+        (Rounding(blocks=((16, -1),)), "are not groups of inputs"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            fake_quant_matmul(x, w, rounding, implementation="triton")
