@@ -3,9 +3,15 @@
 import importlib.util
 import pathlib
 import re
+import shutil
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
+
+import jaxcomp
+from jaxcomp import arrays
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
@@ -94,6 +100,48 @@ def test_a_tuned_schedule_and_activation(capsys):
     assert "54 candidates" in capsys.readouterr().out
 
 
+def test_searched_bits_and_sparsity(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    module = load("search_bits_and_sparsity")
+    # One hidden layer, and so few settings that the search sees them all.
+    small = {"WIDTHS": (24,), "SPARSITIES": (0.5, 0.8), "BITS": (2, 4), "BUDGET": 900}
+    steps = {"STEPS": 300, "FINE_TUNING_STEPS": 100, "EVALUATIONS": 16, "POPULATION": 8}
+    for name, value in (small | steps).items():
+        monkeypatch.setattr(module, name, value)
+    settings, front, uniform, shipped = module.main()
+    data = module.make_data()
+
+    def accuracy(params, part):
+        x = np.asarray(part[0])
+        layers = [{k: np.asarray(v) for k, v in y.items()} for y in jaxcomp.decode(params).values()]
+        hidden = np.maximum(x @ layers[0]["kernel"] + layers[0]["bias"], 0)
+        logits = hidden @ layers[1]["kernel"] + layers[1]["bias"]
+        return np.mean(logits.argmax(-1) == np.asarray(part[1]))
+
+    one_image = 1.01 / len(data.held_out[1])
+    for found in front:
+        pairs = {path: (rule["sparsity"], rule["bits"]) for path, rule in found.candidate.items()}
+        packed = module.assembled(settings.packed, pairs)
+        assert jaxcomp.save("fresh.jxc", packed) == found.bytes <= 900
+        fresh = accuracy(jaxcomp.load("fresh.jxc"), data.held_out)
+        assert found.accuracy == pytest.approx(fresh, abs=one_image)
+    # All were seen: nothing uniform is better; bytes by leaf add up to the file's but for a few.
+    assert len(uniform) > 1
+    for each in uniform:
+        rivals = [found.accuracy for found in front if found.bytes <= each.bytes + 8]
+        assert max(rivals) >= each.accuracy - one_image
+    for name, each in shipped.items():
+        assert (tmp_path / f"{name}.jxc").stat().st_size == each.bytes <= 900
+        loaded = jaxcomp.load(f"{name}.jxc")
+        assert each.test == pytest.approx(accuracy(loaded, data.test), abs=one_image)
+        assert each.held_out > each.found.accuracy
+        for path, rule in each.found.candidate.items():
+            kernel = loaded[path.split("/")[0]]["kernel"]
+            assert kernel.bits == rule["bits"]
+            assert np.mean(np.asarray(kernel.decode()) == 0) >= rule["sparsity"] - 1e-3
+    assert "16 of 16 candidates evaluated, one program" in capsys.readouterr().out
+
+
 def test_deep_compression(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     found = load("deep_compression").main(["--epochs", "6", "8", "2"])
@@ -103,3 +151,108 @@ def test_deep_compression(tmp_path, monkeypatch, capsys):
     assert size < found["pruned"][0]
     assert size == (tmp_path / "deep_compression.jxc").stat().st_size
     assert f"{size:,} bytes" in capsys.readouterr().out
+
+
+def killed_and_resumed(module, monkeypatch, arguments, name, steps):
+    """What a run gives whose training was killed after some steps, and was started again."""
+
+    def until_killed(items, words, progress):
+        for count, item in enumerate(items):
+            if words == name and count == steps:
+                raise KeyboardInterrupt
+            yield item
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "watched", until_killed)
+        with pytest.raises(KeyboardInterrupt):
+            module.main(arguments)
+    return module.main(arguments)
+
+
+def assert_identical(a, b):
+    for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(np.asarray(left), np.asarray(right))
+
+
+def losses(printed, name):
+    return [float(loss) for loss in re.findall(rf"^{name} \d+: loss ([\d.]+)", printed, re.M)]
+
+
+def test_a_resnet_trained_on_a_mesh(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    module = load("train_resnet")
+    tiny = module.Size(pixels=8, classes=4, width=16, blocks=(1, 1), bottleneck=False)
+    monkeypatch.setitem(module.SIZES, "cifar", tiny)
+    # The rate and the schedule know where a run ends, so that every one of them has as many steps.
+    steps = ["--steps", "24", "--every", "9", "--log", "6", "--rate", "0.01"]
+    # Half of the devices: each may wait for two exchanges at once, and the CPU backend's threads
+    # are as many as all devices.
+    steps += ["--mesh", "2", "2"]
+    found = module.main([*steps, "--checkpoints", "one"])
+    printed = capsys.readouterr().out
+    assert losses(printed, "teacher")[-1] < 0.2 < losses(printed, "teacher")[0]
+    assert found["teacher"] > 0.9
+    assert found["packed"] == found["trained"] > 0.8
+    assert found["bytes"] == (tmp_path / "resnet.jxc").stat().st_size
+    assert f"{found['bytes']:,} bytes" in printed
+
+    state, loaded = found["state"], jaxcomp.load("resnet.jxc")["params"]
+    assert_identical(jaxcomp.decode(loaded), jaxcomp.compressed(state.params, state.opt_state))
+    kernels = {path: leaf for path, leaf in flat(loaded).items() if path.endswith("kernel")}
+    bits = {path: leaf.bits for path, leaf in kernels.items()}
+    assert {path for path, each in bits.items() if each == 8} == {"Conv_0/kernel", "Dense_0/kernel"}
+    body = [np.asarray(leaf.decode()) for path, leaf in kernels.items() if bits[path] == 4]
+    size = sum(leaf.size for leaf in body)
+    assert sum(np.sum(leaf == 0) for leaf in body) >= round(0.8 * size)
+    # A bit and a half a weight of the body, a byte of the others, and floats for the rest.
+    ends = sum(kernels[path].size for path, each in bits.items() if each == 8)
+    total = sum(leaf.size for leaf in jax.tree.leaves(found["state"].params))
+    statistics = sum(leaf.size for leaf in jax.tree.leaves(found["state"].batch_stats))
+    rest = 4 * (total - size - ends + statistics)
+    assert found["bytes"] < 1.5 * size / 8 + ends + 1.2 * rest + 600
+
+    shutil.copytree("one/teacher", "two/teacher")
+    again = ["--checkpoints", "two", "--out", "two.jxc"]
+    resumed = killed_and_resumed(module, monkeypatch, steps + again, "student", 14)
+    assert_identical(resumed["state"], state)
+    assert (tmp_path / "two.jxc").read_bytes() == (tmp_path / "resnet.jxc").read_bytes()
+
+
+def test_a_language_model_trained_on_a_mesh(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    module = load("train_lm")
+    monkeypatch.setitem(module.SIZES, "small", module.Size(1, 32, 2, 16))
+    (tmp_path / "text").write_bytes(b"What is said once is said again. " * 30)
+    steps = ["--steps", "60", "--every", "25", "--log", "10", "--rate", "0.01", "--data", "text"]
+    steps += ["--mesh", "2", "2"]
+    found = module.main([*steps, "--checkpoints", "one"])
+    printed = capsys.readouterr().out
+    # The first loss is above that of guessing all bytes alike.
+    assert losses(printed, "step")[-1] < 1 < 5 < losses(printed, "step")[0]
+    assert found["packed"] == pytest.approx(found["trained"], abs=0.01)
+    assert found["packed"] < 1.5
+    assert found["bytes"] == (tmp_path / "lm.jxc").stat().st_size
+    assert f"{found['bytes']:,} in the file" in printed
+
+    state, loaded = found["state"], jaxcomp.load("lm.jxc")
+    effective = jaxcomp.compressed(state.params, state.opt_state)
+    assert_identical(jaxcomp.decode(loaded), effective)
+    for path, leaf in flat(loaded).items():
+        dense = "up/" not in path and "down/" not in path
+        assert path.endswith("scale") or leaf.bits == (8 if dense else 4), path
+        if not dense:
+            runs = np.asarray(leaf.decode()).reshape(-1, 4, leaf.shape[-1])
+            assert np.max(np.sum(runs != 0, 1)) <= 2
+    # Three bits a weight that is 2:4 and in 4 bits, and a scale for 32; a byte for all others.
+    feed_forward = 2 * 32 * 128
+    others = sum(leaf.size for leaf in jax.tree.leaves(state.params)) - feed_forward
+    assert found["bytes"] < (3 + 1) * feed_forward / 8 + 1.2 * others + 1500
+
+    again = ["--checkpoints", "two", "--out", "two.jxc"]
+    resumed = killed_and_resumed(module, monkeypatch, steps + again, "training", 33)
+    assert_identical(resumed["state"], state)
+    assert (tmp_path / "two.jxc").read_bytes() == (tmp_path / "lm.jxc").read_bytes()
+
+
+def flat(tree):
+    return jaxcomp.tree.flatten(tree, is_leaf=arrays.is_compressed)

@@ -1,0 +1,72 @@
+"""Kernels compiled for TPU v5e and v6e and an H100: what they became, and what memory they need."""
+
+import functools
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from test_compile import H100, TARGETS, installed
+
+CHIPS = {"v5e": ("tpu", "v5e:2x2"), "v6e": ("tpu", "v6e:2x2"), "H100": ("cuda", H100)}
+PROGRAMS = pathlib.Path(__file__).with_name("kernel_programs.py")
+PACKED = ("int", "mxfp4", "nvfp4", "shared")
+every_chip = pytest.mark.parametrize("chip", CHIPS)
+
+
+@functools.cache
+def told(chip: str) -> dict[str, Any]:
+    platform, target = CHIPS[chip]
+    if not installed(TARGETS[platform]):
+        pytest.skip(f"{TARGETS[platform]} is not installed: see the top of test_compile.py")
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "XLA_FLAGS": "",
+    }
+    done = subprocess.run(
+        [sys.executable, str(PROGRAMS), platform, target],
+        capture_output=True, text=True, env=environment, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@every_chip
+def test_each_program_holds_its_kernels(chip):
+    for name, found in told(chip).items():
+        assert found["kernels"] == found["expected"], name
+
+
+@every_chip
+def test_no_dense_weight_is_written_beside_its_own_gradient(chip):
+    """No multiply comes before the masked product, and nothing is decoded into memory."""
+    for name, found in told(chip).items():
+        outputs = int(name.rpartition("x")[2])
+        dense = [
+            each for each in found["made"]
+            if each[1] in ([4096, outputs], [outputs, 4096]) and each[0] in ("f32", "bf16", "f16")
+        ]  # fmt: skip
+        gradients = [shape for shape in found["results"] if shape == [4096, outputs]]
+        assert len(dense) <= len(gradients), (name, dense)
+
+
+@every_chip
+def test_memory_beside_arguments_and_results_is_the_activations(chip):
+    for name, found in told(chip).items():
+        rows, outputs = (int(size) for size in name.split()[-1].split("x"))
+        # The gradient of the product, once; rows may be padded to 64.
+        activations = 2 * max(rows, 64) * (outputs + 4096)
+        allowed = activations if "gradients" in name else 2 * math.prod((max(rows, 64), 4096))
+        # Scales of 128 groups an output that are searched for: float32, three times.
+        searched = 3 * 4 * 128 * outputs if name.startswith("rounded-groups") else 0
+        # With few rows the inputs are cut into parts, whose sums are added up afterwards.
+        parts = 4096 * outputs // 8 if name.startswith(PACKED) and rows == 16 else 0
+        # Scales that are small floats themselves are widened.
+        scales = 4 * {"mxfp4": 128, "nvfp4": 256}.get(name.split()[0], 0) * outputs
+        assert found["temporary"] <= allowed + searched + parts + scales, name
