@@ -7,6 +7,7 @@ from jaxcomp.search.population import Population, population
 from jaxcomp.search.spaces import Choice, Continuous, Integer, Repeat
 from jaxcomp.search.stacking import groups, stack
 from jaxcomp.search.stop import Stop
+from jaxcomp.search.strategies.optuna_pruners import optuna_pruner
 from jaxcomp.search.study import Study, load, run
 from jaxcomp.search.supernets import Subnetwork, Supernet, recalibrate, sandwich, supernet
 from jaxcomp.search.trials import Strategy, Trial
@@ -30,6 +31,7 @@ __all__ = [
     "halving_evaluator",
     "load",
     "objectives",
+    "optuna_pruner",
     "pareto",
     "population",
     "proxies",

@@ -124,7 +124,7 @@ def _walk(space: Any, path: str, of: Callable[..., Any], *beside: Any) -> Any:
         ):
             raise TypeError(f"{path or 'space'}: an option is a space: choose among constants only")
         return of(space, *((path, *beside) if beside else ()))
-    inside = lambda key: [each[key] for each in beside]
+    inside = lambda key: [_part(each, key, path) for each in beside]
     if isinstance(space, dict):
         return {k: _walk(sub, f"{path}/{k}".strip("/"), of, *inside(k)) for k, sub in space.items()}
     if isinstance(space, (list, tuple)) and not hasattr(space, "_fields"):
@@ -135,6 +135,16 @@ def _walk(space: Any, path: str, of: Callable[..., Any], *beside: Any) -> Any:
             f"{path or 'space'}: {type(space).__name__} has no logits: make it a Choice"
         )
     return space if beside else None
+
+
+def _part(logits: Any, key: Any, path: str) -> Any:
+    try:
+        return logits[key]
+    except (KeyError, IndexError, TypeError):
+        raise ValueError(
+            f"{f'{path}/{key}'.strip('/')}: there are no logits of it: give those that "
+            "logits(space) made"
+        ) from None
 
 
 def probabilities(logits: Any) -> Any:
@@ -160,6 +170,10 @@ def gumbel_softmax(logits: Any, key: Any, temperature: Any, hard: bool = False) 
         The same structure; the last axis sums to one. The largest entry is an option drawn with
         the softmax's odds, at any temperature.
 
+    Raises:
+        TypeError: ``key`` is no key.
+        ValueError: ``temperature`` is a known number that is not above 0.
+
     Example:
         >>> drawn = gumbel_softmax(jnp.zeros(3), jax.random.key(0), 0.5, hard=True)
         >>> float(drawn.sum()), float(drawn.max())
@@ -168,7 +182,11 @@ def gumbel_softmax(logits: Any, key: Any, temperature: Any, hard: bool = False) 
     Jang, Gu and Poole, Categorical Reparameterization with Gumbel-Softmax (2017), section 2;
     Maddison, Mnih and Teh, The Concrete Distribution (2017).
     """
-    leaves, structure = jax.tree.flatten(logits)
+    if checks.is_number(temperature) and not temperature > 0:
+        raise ValueError(f"temperature must be above 0, not {temperature!r}")
+    if key is not None:
+        checks.check_key(key)
+    leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, logits))
     keys = [None] * len(leaves) if key is None else jax.random.split(key, len(leaves))
     drawn = []
     for leaf, each in zip(leaves, keys, strict=True):
@@ -185,13 +203,13 @@ def gumbel_softmax(logits: Any, key: Any, temperature: Any, hard: bool = False) 
 def darts(
     space: Any,
     loss: Any,
-    weight_optimizer: optax.GradientTransformation,
-    logit_optimizer: optax.GradientTransformation,
+    weight_optimizer: Any,
+    logit_optimizer: Any,
     *,
     temperature: Any = 1.0,
     hard: bool = False,
     noise: bool = True,
-    inner_rate: float | None = None,
+    inner_rate: Any = None,
     penalty: Any = None,
     warm_up: int = 0,
 ) -> Search:
@@ -220,8 +238,9 @@ def darts(
         The search; :func:`decide` turns ``state.logits`` into a candidate.
 
     Raises:
-        TypeError: a function is none; a part of the space is no choice among constants.
-        ValueError: a temperature or a rate is not above 0.
+        TypeError: a function or an optimizer is none; a part of the space is no choice among
+            constants.
+        ValueError: there is nothing to choose; a temperature or a rate is not above 0.
 
     Example:
         >>> space = {"act": Choice(("relu", "negated"))}
@@ -241,14 +260,8 @@ def darts(
     Liu, Simonyan and Yang, DARTS (2019), algorithm 1 and equations 7 and 8, the step ahead
     differentiated exactly; with Gumbel noise as in Wu et al., FBNet (2019), equations 3 to 5.
     """
-    checks.check_function("loss", loss, "(params, weights, batch)")
     start = logits(space)
-    if inner_rate is not None and not inner_rate > 0:
-        raise ValueError(f"inner_rate must be above 0, or None for first order, not {inner_rate!r}")
-    if not callable(temperature) and not temperature > 0:
-        raise ValueError(f"temperature must be above 0, not {temperature!r}")
-    if penalty is not None:
-        checks.check_function("penalty", penalty, "(probabilities,)")
+    _check(start, loss, weight_optimizer, logit_optimizer, temperature, inner_rate, penalty)
     checks.check_count("warm_up", warm_up, 0)
 
     def init(params: Any, key: Any) -> SearchState:
@@ -263,6 +276,8 @@ def darts(
             params = jax.tree.map(lambda p, g: p - inner_rate * g, params, ahead)
         value = checks.one_number(loss(params, weights, held_out))
         added = jnp.zeros(()) if penalty is None else penalty(probabilities(logits))
+        if jnp.shape(added) != ():
+            raise TypeError(f"penalty must return one number, not an array of {jnp.shape(added)}")
         return value + added, (value, added)
 
     def step(state: SearchState, batch: Any, held_out_batch: Any) -> tuple[SearchState, Told]:
@@ -285,6 +300,29 @@ def darts(
     return Search(init, step)
 
 
+def _check(
+    start: Any,
+    loss: Any,
+    weight_optimizer: Any,
+    logit_optimizer: Any,
+    temperature: Any,
+    inner_rate: Any,
+    penalty: Any,
+) -> None:
+    checks.check_function("loss", loss, "(params, weights, batch)")
+    if not jax.tree.leaves(start):
+        raise ValueError("space: there is nothing to choose in it")
+    for name, value in (("weight", weight_optimizer), ("logit", logit_optimizer)):
+        if not (hasattr(value, "init") and hasattr(value, "update")):
+            raise TypeError(f"{name}_optimizer must be an optimizer of optax, not {value!r:.60}")
+    if inner_rate is not None and not (checks.is_number(inner_rate) and inner_rate > 0):
+        raise ValueError(f"inner_rate must be above 0, or None for first order, not {inner_rate!r}")
+    if not callable(temperature) and not (checks.is_number(temperature) and temperature > 0):
+        raise ValueError(f"temperature must be above 0, or a function, not {temperature!r}")
+    if penalty is not None:
+        checks.check_function("penalty", penalty, "(probabilities,)")
+
+
 def entropy(logits: Any) -> Any:
     """How undecided logits are: 1 for even odds, 0 for a decision; mean over the choices.
 
@@ -296,7 +334,10 @@ def entropy(logits: Any) -> Any:
     for leaf in jax.tree.leaves(logits):
         if leaf.shape[-1] > 1:
             logs = jax.nn.log_softmax(leaf)
-            found.append(-jnp.sum(jnp.exp(logs) * logs) / jnp.log(leaf.shape[-1]))
+            chances = jnp.exp(logs)
+            # An option that is ruled out by a logit of -inf adds nothing.
+            terms = jnp.where(chances > 0, chances * logs, 0.0)
+            found.append(-terms.sum(-1).mean() / jnp.log(leaf.shape[-1]))
     return jnp.mean(jnp.stack(found)) if found else jnp.zeros(())
 
 

@@ -1,6 +1,7 @@
 """Functions that :func:`jaxcomp.search.run` evaluates its candidates with, made of pure ones."""
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,8 +10,8 @@ import numpy as np
 from jaxcomp import checks
 from jaxcomp.model.batches import rereadable
 from jaxcomp.search.forms import check_form, mesh_axis
-from jaxcomp.search.halving import Halved, successive_halving
-from jaxcomp.search.population import Population, population
+from jaxcomp.search.halving import Halved, checked_settings, successive_halving
+from jaxcomp.search.population import Population, check_limits, population
 from jaxcomp.search.stacking import Group, groups, numbers, stack, whole
 
 # Stands for the numbers of candidates that have none, so that there is something to count.
@@ -68,6 +69,7 @@ def evaluator(
     checks.check_function("function", function, "a candidate that returns its measures")
     check_form(form, mesh)
     mesh_axis(mesh, axis)
+    check_limits(chunk, max_bytes)
     shared = jax.device_put(shared)
     settings = {"chunk": chunk, "max_bytes": max_bytes, "mesh": mesh, "axis": axis}
     # Programs that were made before, and the form that was the fastest: what they compute is the
@@ -89,7 +91,7 @@ def evaluator(
                 chosen[kind] = made[place].form
         return made[place]
 
-    def evaluate(candidates: list[Any]) -> list[Any]:
+    def evaluate(candidates: Any) -> list[Any]:
         results: list[Any] = [None] * len(candidates)
         for group in groups(candidates, static) if candidates else ():
             rows = [numbers(candidates[i], group.static) for i in group.indices]
@@ -110,7 +112,7 @@ def halving_evaluator(
     score: Any,
     batches: Any,
     *,
-    measure: str,
+    measure: Any,
     direction: Any,
     known: Any = None,
     **settings: Any,
@@ -136,8 +138,9 @@ def halving_evaluator(
         at the rungs that it reached, ``"stopped"`` or ``"error"``, and what is known of it.
 
     Raises:
-        TypeError: as :func:`successive_halving`, at once or when it is called.
-        ValueError: likewise.
+        TypeError: an argument is of the wrong kind, unknown or lacking.
+        ValueError: an argument is out of range; when it is called, what ``known`` returns has the
+            name of something that training tells.
 
     Example:
         >>> evaluate = halving_evaluator(
@@ -150,19 +153,46 @@ def halving_evaluator(
         >>> evaluate([{"rate": 0.25}, {"rate": 0.5}])[0]
         {'distance': 0.5625, 'steps': 1, 'curve': [0.5625], 'stopped': True}
     """
+    if not isinstance(measure, str) or not measure:
+        raise TypeError(f"measure must be what the score is called, not {measure!r:.60}")
     if measure in _TAKEN:
         raise ValueError(f"measure='{measure}' means something else in a result: rename it")
-    checks.check_function("init", init, "(candidate, key) that returns a state")
+    if known is not None:
+        checks.check_function("known", known, "a candidate that returns a dict")
     rereadable(batches)
+    # A search takes what is raised later for candidates that failed: so all that can be is looked
+    # at here.
+    call = inspect.signature(successive_halving).bind(
+        init, step, score, [], batches, direction=direction, **settings
+    )
+    call.apply_defaults()
+    given = call.arguments
+    checked_settings(
+        **{name: given[name] for name in inspect.signature(checked_settings).parameters}
+    )
+    check_form(given["form"], given["mesh"])
+    mesh_axis(given["mesh"], given["axis"])
 
     def evaluate(candidates: list[Any]) -> list[dict[str, Any]]:
-        more = [dict(known(candidate)) if known else {} for candidate in candidates]
+        if not candidates:
+            return []
+        more = [_known(known, candidate, measure) for candidate in candidates]
         found = successive_halving(
             init, step, score, candidates, batches, direction=direction, **settings
         )
         return [{**_told(found, i, measure), **more[i]} for i in range(len(candidates))]
 
     return evaluate
+
+
+def _known(known: Any, candidate: Any, measure: str) -> dict[str, Any]:
+    more = known(candidate) if known else {}
+    if not isinstance(more, Mapping):
+        raise TypeError(f"known must return a dict of measures, not {more!r:.60}")
+    for name in more:
+        if name in (measure, *_TAKEN):
+            raise ValueError(f"known returned '{name}', which training tells: rename it")
+    return dict(more)
 
 
 def _told(found: Halved, index: int, measure: str) -> dict[str, Any]:

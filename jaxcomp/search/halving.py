@@ -1,17 +1,18 @@
 """Train many networks side by side in one program, and stop those early that lag behind."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from jaxcomp import checks
 from jaxcomp import tree as tree_lib
-from jaxcomp.model.batches import checked, rereadable
+from jaxcomp.model.batches import rereadable
 from jaxcomp.model.progress import watched
 from jaxcomp.search.forms import (
     FORMS,
@@ -23,7 +24,17 @@ from jaxcomp.search.forms import (
     program,
     seconds_of,
 )
-from jaxcomp.search.stacking import Group, as_key, data_of, groups, numbers, stack, whole
+from jaxcomp.search.pieces import calls, pieces_of
+from jaxcomp.search.stacking import (
+    Group,
+    as_key,
+    data_of,
+    groups,
+    is_array,
+    numbers,
+    stack,
+    whole,
+)
 from jaxcomp.search.trials import Direction
 
 Status = Literal["finished", "stopped", "failed"]
@@ -127,7 +138,10 @@ def successive_halving(
         direction: ``"maximize"`` or ``"minimize"``.
         key: a JAX key.
         keep: fraction of the candidates in training that goes on at a rung, at least one of them;
-            what is written as eta is ``1 / keep``.
+            what is written as eta is ``1 / keep``. Or a rule for all rungs but the last, such as
+            :func:`jaxcomp.search.optuna_pruner`: ``(curves, rungs, direction) -> (candidates,)``
+            bools, whether each goes on, by the (candidates, reached rungs) scores so far, which are
+            NaN where it did not come so far or failed. It may stop all.
         static: patterns of numbers that decide over shapes: see :func:`jaxcomp.search.groups`.
         form: ``"vmap"``, ``"map"`` or ``"loop"``, as for :func:`jaxcomp.search.population`; None:
             the fastest at training for the first batches, for each structure.
@@ -142,7 +156,8 @@ def successive_halving(
 
     Raises:
         TypeError: an argument is of the wrong kind.
-        ValueError: an argument is out of range; there are no candidates, or no batches.
+        ValueError: an argument is out of range; there are no candidates, or no batches; ``keep``
+            does not say of each candidate whether it goes on.
 
     Example:
         >>> import jax.numpy as jnp
@@ -160,16 +175,17 @@ def successive_halving(
     Source: Jamieson & Talwalkar, "Non-stochastic best arm identification and hyperparameter
     optimization", AISTATS 2016, figure 3, with ``1 / keep`` in the place of 2.
     """
-    rungs = _check(init, step, score, candidates, rungs, direction, keep, key, chunk, together)
+    rungs = checked_settings(init, step, score, rungs, direction, keep, key, chunk, together)
+    _check_candidates(candidates)
     check_form(form, mesh)
     axis, devices = mesh_axis(mesh, axis)
     parts = _Parts(init, step, score, key, form, chunk, mesh, axis, devices)
     found = groups(candidates, static)
-    pieces = _pieces(rereadable(batches), rungs, together)
+    pieces = pieces_of(rereadable(batches), rungs, together)
     curves, steps = np.full((len(candidates), len(rungs)), np.nan), np.zeros(len(candidates), int)
     runners: list[_Runner] = []
     forms: tuple[Form, ...] = ()
-    for _ in watched(range(_calls(rungs, together)), "training", progress):
+    for _ in watched(range(calls(rungs, together)), "training", progress):
         batch, reached = next(pieces)
         if not forms:
             runners = [_begin(group, candidates, parts, batch) for group in found]
@@ -182,8 +198,7 @@ def successive_halving(
             curves[each.indices, reached] = np.where(np.isfinite(scores), scores, np.nan)
             steps[each.indices] = rungs[reached]
         training = [index for each in runners for index in each.indices]
-        fraction = keep if reached < len(rungs) - 1 else 1.0
-        alive = _best(training, curves[:, reached], fraction, direction)
+        alive = _going_on(keep, training, curves[:, : reached + 1], rungs, direction)
         runners = [
             each for each in (_only(each, alive, devices) for each in runners) if each.indices
         ]
@@ -218,10 +233,7 @@ def _begin(group: Group, candidates: Sequence[Any], parts: _Parts, batch: Any) -
         return state, found
 
     def score(carry: Any) -> Any:
-        value = parts.score(carry[0], whole(group, carry[1]))
-        if np.shape(value) != ():
-            raise TypeError(f"score must return one number, not an array of shape {value.shape}")
-        return value
+        return _one_number(parts.score(carry[0], whole(group, carry[1])))
 
     make = lambda function, form: program(function, form, parts.chunk, parts.mesh, parts.axis)
     carry = make(start, parts.form or "vmap")(stack(rows))
@@ -233,6 +245,14 @@ def _begin(group: Group, candidates: Sequence[Any], parts: _Parts, batch: Any) -
         form = fastest(seconds_of(runs)) if len(indices) > 1 else "vmap"
         return _Runner(group, indices, carry, programs[form], make(score, form), form)
     return _Runner(group, indices, carry, make(train, form), make(score, form), form)
+
+
+def _one_number(value: Any) -> Any:
+    """A score, if it is one that candidates can be ordered by."""
+    if not is_array(value) or np.shape(value) != () or jnp.iscomplexobj(value):
+        shape = f"an array of shape {np.shape(value)}" if is_array(value) else f"{value!r:.60}"
+        raise TypeError(f"score must return one real number, not {shape}")
+    return value
 
 
 def _same_kind(before: Any, after: Any) -> Any:
@@ -249,6 +269,26 @@ def _same_kind(before: Any, after: Any) -> Any:
                 f"{new[path].dtype} {new[path].shape} after: it must stay the same"
             )
     return after
+
+
+def _going_on(
+    keep: Any,
+    training: Sequence[int],
+    curves: np.ndarray,
+    rungs: tuple[int, ...],
+    direction: Direction,
+) -> list[int]:
+    """The candidates that go on after the rung of the last column, or that are finished there."""
+    last = curves.shape[1] == len(rungs)
+    if last or not callable(keep):
+        return _best(training, curves[:, -1], 1.0 if last else keep, direction)
+    said = np.asarray(keep(curves.copy(), rungs, direction))
+    if said.shape != (len(curves),) or said.dtype != bool:
+        raise ValueError(
+            f"keep returned {said.dtype} {said.shape}: it must return a bool for each of the "
+            f"{len(curves)} candidates"
+        )
+    return [index for index in training if said[index] and np.isfinite(curves[index, -1])]
 
 
 def _best(
@@ -308,53 +348,10 @@ def _result(
     )
 
 
-def _calls(rungs: tuple[int, ...], together: int) -> int:
-    return sum(-(-(end - start) // together) for start, end in pairwise((0, *rungs)))
-
-
-def _pieces(
-    again: Callable[[], Any], rungs: tuple[int, ...], together: int
-) -> Iterator[tuple[tuple[Any, Any], int | None]]:
-    """What training is called with: batches and how many of them count; the rung reached after."""
-    batches = _endless(again)
-    together = min(together, max(end - start for start, end in pairwise((0, *rungs))))
-    for reached, (start, end) in enumerate(pairwise((0, *rungs))):
-        for first in range(start, end, together):
-            count = min(together, end - first)
-            held = [next(batches) for _ in range(count)]
-            # Always as many, so that it is one program.
-            stacked = _stacked(held + held[-1:] * (together - count))
-            done = first + count == end
-            yield (stacked, np.int32(count)), reached if done else None
-
-
-def _endless(again: Callable[[], Any]) -> Iterator[Any]:
-    while True:
-        empty = True
-        for batch in checked(again()):
-            empty = False
-            yield batch
-        if empty:
-            raise ValueError("batches is empty: give at least one batch")
-
-
-def _stacked(held: list[Any]) -> Any:
-    rows = [tree_lib.flatten(batch) for batch in held]
-    for row in rows:
-        for path, leaf in row.items():
-            if path not in rows[0] or np.shape(leaf) != np.shape(rows[0][path]):
-                raise ValueError(
-                    f"batches: {path or 'one'} has shape {np.shape(leaf)}, unlike the first's: all "
-                    "batches need the same; leave a smaller last one out"
-                )
-    return jax.tree.map(lambda *leaves: np.stack([data_of(leaf) for leaf in leaves]), *held)
-
-
-def _check(
+def checked_settings(
     init: Any,
     step: Any,
     score: Any,
-    candidates: Any,
     rungs: Any,
     direction: Any,
     keep: Any,
@@ -362,16 +359,21 @@ def _check(
     chunk: Any,
     together: Any,
 ) -> tuple[int, ...]:
+    """Raise unless training can begin with such arguments of :func:`successive_halving`.
+
+    Returns:
+        The rungs.
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: an argument is out of range.
+    """
     checks.check_function("init", init, "(candidate, key) that returns a state")
     checks.check_function("step", step, "(state, candidate, batch) that returns the next state")
     checks.check_function("score", score, "(state, candidate) that returns one number")
     checks.check_key(key)
     checks.check_count("chunk", chunk)
     checks.check_count("together", together)
-    if not isinstance(candidates, (list, tuple)):
-        raise TypeError(f"candidates must be a list of them, not {type(candidates).__name__}")
-    if not candidates:
-        raise ValueError("candidates is empty: give at least one")
     rungs = tuple(rungs) if isinstance(rungs, (list, tuple, range)) else (rungs,)
     for rung in rungs:
         checks.check_count("rungs", rung)
@@ -379,6 +381,15 @@ def _check(
         raise ValueError(f"rungs are {rungs}: give steps that rise, such as (30, 90, 270)")
     if direction not in ("maximize", "minimize"):
         raise ValueError(f"direction is {direction!r}: it must be 'maximize' or 'minimize'")
-    if not checks.is_number(keep) or not 0 < keep <= 1:
-        raise ValueError(f"keep is {keep!r}: give the fraction that goes on, above 0, at most 1")
+    if not callable(keep) and (not checks.is_number(keep) or not 0 < keep <= 1):
+        raise ValueError(
+            f"keep is {keep!r}: give the fraction that goes on, above 0, at most 1, or a rule"
+        )
     return tuple(int(rung) for rung in rungs)
+
+
+def _check_candidates(candidates: Any) -> None:
+    if not isinstance(candidates, (list, tuple)):
+        raise TypeError(f"candidates must be a list of them, not {type(candidates).__name__}")
+    if not candidates:
+        raise ValueError("candidates is empty: give at least one")

@@ -1,17 +1,16 @@
 """From what an evaluation returns to a trial; what goes wrong in it is kept too."""
 
-import math
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from jaxcomp import checks
+from jaxcomp.search.spaces.kinds import is_finite, plain
 from jaxcomp.search.trials import Direction, Point, Trial
 
 _RESERVED = ("violation", "stopped", "error")
+_NONE = object()
 
 
 class Goal(NamedTuple):
@@ -59,7 +58,7 @@ def as_goal(objectives: Any, constraints: Any) -> Goal:
                 f"objectives: {name} is to be 'maximize' or 'minimize', not {direction!r:.40}"
             )
     for name, limit in constraints.items():
-        if not checks.is_number(limit) or not math.isfinite(limit):
+        if not checks.is_number(limit) or not is_finite(limit):
             raise ValueError(f"constraints: {name} is at most {limit!r:.40}: give a finite number")
     return Goal(dict(objectives), {name: float(limit) for name, limit in constraints.items()})
 
@@ -125,19 +124,24 @@ def _attempt(
     # A list was made all at once, so its time is shared; what yields takes its own.
     each = (time.monotonic() - start) / len(candidates)
     coming: Iterator[Any] = iter(given)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    last = len(candidates) - 1
     for done in range(len(candidates)):
         try:
             result = next(coming)
+            # Asked once more before the last is kept: one too many shows that they do not match.
+            too_many = done == last and next(coming, _NONE) is not _NONE
         except StopIteration:
             raise _miscounted(done, len(candidates)) from None
         except Exception as error:
             yield _Raised(error), time.monotonic() - start
             return
+        if too_many:
+            raise _miscounted(f"more than {len(candidates)}", len(candidates))
         yield result, each if at_once else time.monotonic() - start
         start = time.monotonic()
 
 
-def _miscounted(found: int, wanted: int) -> ValueError:
+def _miscounted(found: Any, wanted: int) -> ValueError:
     return ValueError(
         f"evaluate returned {found} results for {wanted} candidates: return one for each, in their "
         'order; {"error": "why"} for one that failed'
@@ -169,18 +173,23 @@ def as_trial(number: int, point: Point, result: Any, seconds: float, goal: Goal)
         >>> as_trial(0, {}, {"accuracy": 0.9, "bytes": 150}, 1.0, goal)
         Trial(number=0, point={}, values=(0.9,), status='finished', seconds=1.0,
               told={'bytes': 150, 'violation': 0.5})
-        >>> as_trial(0, {}, {"accuracy": math.nan, "bytes": 50}, 1.0, goal).told
+        >>> as_trial(0, {}, {"accuracy": float("nan"), "bytes": 50}, 1.0, goal).told
         {'bytes': 50, 'error': 'accuracy is nan'}
     """
     if isinstance(result, Exception):
         return Trial(number, point, None, "failed", seconds, {"error": _words(result)})
     measures = _measures(result, goal)
-    stopped = bool(measures.pop("stopped", False))
+    stopped, error = measures.pop("stopped", False), measures.pop("error", None)
+    if not isinstance(stopped, bool):
+        raise TypeError(f"evaluate: 'stopped' must be True or False, not {stopped!r:.40}")
+    if not isinstance(error, (str, type(None))):
+        raise TypeError(
+            f"evaluate: 'error' says in words why a candidate failed; {error!r:.40} is a measure "
+            "that needs another name"
+        )
     told = {name: value for name, value in measures.items() if name not in goal.objectives}
-    if measures.get("error") is not None:
-        told["error"] = str(told["error"])
-        return Trial(number, point, None, "failed", seconds, told)
-    told.pop("error", None)
+    if error is not None:
+        return Trial(number, point, None, "failed", seconds, {**told, "error": error})
     problem = next(
         (
             f"{name} is {measures[name]}"
@@ -202,31 +211,33 @@ def as_trial(number: int, point: Point, result: Any, seconds: float, goal: Goal)
         )
     values = None if missing else tuple(float(measures[name]) for name in goal.objectives)
     status = "stopped" if stopped or missing else "finished"
-    if status == "stopped" and values is None and not violation:
-        status = "failed"
     return Trial(number, point, values, status, seconds, told)
 
 
 def _measures(result: Any, goal: Goal) -> dict[str, Any]:
+    result = plain(result)
     if checks.is_number(result):
         if len(goal.objectives) > 1 or goal.constraints:
             names = ", ".join((*goal.objectives, *goal.constraints))
             raise TypeError(f"evaluate: must return a dict of {names} each, not a number")
         return {next(iter(goal.objectives)): _plain("", result)}
     if not isinstance(result, Mapping) or not all(isinstance(name, str) for name in result):
-        raise TypeError(f"evaluate: a result must be a number or a dict, not {result!r:.60}")
+        raise TypeError(
+            f"evaluate: a result must be a number or a dict of measures by name, not {result!r:.60}"
+        )
     return {name: _plain(name, value) for name, value in result.items()}
 
 
 def _plain(name: str, value: Any) -> Any:
     """A measure as JSON can hold it; what is not finite in words, as JSON has no number for it."""
+    value = plain(value)
     if value is None or isinstance(value, (bool, str)):
         return value
-    if isinstance(value, np.bool_):
-        return bool(value)
-    if checks.is_number(value):
-        value = value.item() if hasattr(value, "item") else value
-        return value if isinstance(value, int) or math.isfinite(value) else str(value)
+    if isinstance(value, (int, float)):
+        if is_finite(value):
+            return value
+        # A whole number beyond floats is no measure either, and Python may refuse to write it.
+        return str(value) if isinstance(value, float) else "inf" if value > 0 else "-inf"
     if isinstance(value, Mapping):
         return {str(key): _plain(f"{name}/{key}", sub) for key, sub in value.items()}
     if isinstance(value, (list, tuple)) or (hasattr(value, "tolist") and hasattr(value, "shape")):

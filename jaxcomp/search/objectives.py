@@ -22,18 +22,19 @@ def accuracy(logits: Any, labels: Any) -> jax.Array:
 
     Returns:
         float32 scalar; NaN if a logit is NaN, so that a network that is lost is not taken for one
-        that guesses.
+        that guesses, or if a label is no class, such as -1.
 
     Raises:
+        TypeError: labels are no whole numbers.
         ValueError: shapes do not go together.
 
     Example:
         >>> accuracy(jnp.array([[2.0, 1.0], [0.0, 3.0]]), jnp.array([0, 0]))
         Array(0.5, dtype=float32)
     """
-    _check_shapes(logits, labels)
+    logits, labels = _checked(logits, labels)
     right = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
-    return jnp.where(jnp.isnan(logits).any(), jnp.nan, right.mean())
+    return _unless_lost(right.mean(), logits, labels)
 
 
 def cross_entropy(logits: Any, labels: Any) -> jax.Array:
@@ -44,18 +45,20 @@ def cross_entropy(logits: Any, labels: Any) -> jax.Array:
         labels: (...,) class numbers.
 
     Returns:
-        float32 scalar.
+        float32 scalar; NaN if a logit is NaN or a label is no class.
 
     Raises:
+        TypeError: labels are no whole numbers.
         ValueError: shapes do not go together.
 
     Example:
         >>> cross_entropy(jnp.zeros((1, 4)), jnp.array([2])).round(4)  # ln 4
         Array(1.3863, dtype=float32)
     """
-    _check_shapes(logits, labels)
-    logs = jax.nn.log_softmax(jnp.asarray(logits, jnp.float32), axis=-1)
-    return -jnp.take_along_axis(logs, jnp.asarray(labels)[..., None], axis=-1).mean()
+    logits, labels = _checked(logits, labels)
+    logs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    found = -jnp.take_along_axis(logs, labels[..., None], axis=-1, mode="clip").mean()
+    return _unless_lost(found, logits, labels)
 
 
 def f1(logits: Any, labels: Any, average: str = "macro") -> jax.Array:
@@ -69,9 +72,11 @@ def f1(logits: Any, labels: Any, average: str = "macro") -> jax.Array:
             has one class; ``"binary"``: of class 1 of two.
 
     Returns:
-        float32 scalar; NaN if a logit is NaN; 0 where there is nothing to be right about.
+        float32 scalar; NaN if a logit is NaN or a label is no class; 0 where there is nothing to be
+        right about.
 
     Raises:
+        TypeError: labels are no whole numbers.
         ValueError: shapes do not go together; an unknown average; ``"binary"`` of more classes.
 
     Example:
@@ -81,7 +86,7 @@ def f1(logits: Any, labels: Any, average: str = "macro") -> jax.Array:
 
     Source: van Rijsbergen, "Information Retrieval", 2nd edition, 1979, chapter 7, with beta = 1.
     """
-    _check_shapes(logits, labels)
+    logits, labels = _checked(logits, labels)
     if average not in ("macro", "micro", "binary"):
         raise ValueError(f"average is {average!r}: it must be 'macro', 'micro' or 'binary'")
     classes = np.shape(logits)[-1]
@@ -98,7 +103,7 @@ def f1(logits: Any, labels: Any, average: str = "macro") -> jax.Array:
         right, decisions = right[1:], decisions[1:]
     scores = 2 * right / jnp.maximum(decisions, 1)
     found = scores.sum() / jnp.maximum((decisions > 0).sum(), 1)
-    return jnp.where(jnp.isnan(logits).any(), jnp.nan, found)
+    return _unless_lost(found, logits, labels)
 
 
 def costs(apply_fn: Any, params: Any, *inputs: Any) -> dict[str, int]:
@@ -170,11 +175,21 @@ def latency(
     return median_milliseconds(run, repeats, warm_up, clock)
 
 
-def _check_shapes(logits: Any, labels: Any) -> None:
-    if np.ndim(logits) < 1 or np.shape(logits)[:-1] != np.shape(labels):
+def _checked(logits: Any, labels: Any) -> tuple[jax.Array, jax.Array]:
+    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
+    if logits.ndim < 1 or logits.shape[:-1] != labels.shape:
         raise ValueError(
-            f"logits {np.shape(logits)} and labels {np.shape(labels)} do not go together: labels "
-            "are class numbers, one for each row of logits"
+            f"logits {logits.shape} and labels {labels.shape} do not go together: labels are class "
+            "numbers, one for each row of logits"
         )
-    if np.size(labels) == 0:
+    if labels.size == 0:
         raise ValueError("labels are empty: there is nothing to measure")
+    if not (jnp.issubdtype(labels.dtype, jnp.integer) or labels.dtype == bool):
+        raise TypeError(f"labels are of {labels.dtype}: give class numbers, as integers")
+    return logits, labels.astype(jnp.int32)
+
+
+def _unless_lost(found: jax.Array, logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """What was measured, or NaN where it means nothing."""
+    classes = (labels >= 0) & (labels < logits.shape[-1])
+    return jnp.where(jnp.isnan(logits).any() | ~classes.all(), jnp.nan, found)

@@ -4,6 +4,7 @@ Arrays in, arrays out. All costs are minimized; constraints count first, by Deb'
 them is better than what does not, and of two that do not, the one that violates them less.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -136,8 +137,8 @@ def crowding(costs: Any) -> np.ndarray:
         result[order[[0, -1]]] = np.inf
         # Infinite costs are those of trials without values, which nothing is between.
         if np.isfinite(ordered[[0, -1]]).all() and ordered[-1] > ordered[0]:
-            extent = ordered[-1] - ordered[0]
-            result[order[1:-1]] += (ordered[2:] - ordered[:-2]) / extent
+            half = ordered / 2  # the difference of the two largest numbers is none
+            result[order[1:-1]] += (half[2:] - half[:-2]) / (half[-1] - half[0])
     return result
 
 
@@ -153,7 +154,7 @@ def hypervolume(costs: Any, reference: Any) -> float:
         time grows as n to the number of objectives less one.
 
     Raises:
-        ValueError: the shapes do not fit, or a number is NaN.
+        ValueError: the shapes do not fit, a number is NaN, or the reference infinite.
 
     Example:
         >>> hypervolume([[0, 2], [1, 1]], [3, 3])
@@ -165,12 +166,13 @@ def hypervolume(costs: Any, reference: Any) -> float:
     """
     costs, _ = _arrays(costs, None)
     corner = np.asarray(reference, np.float64)
-    if corner.shape != costs.shape[1:] or np.isnan(corner).any():
+    if corner.shape != costs.shape[1:] or not np.isfinite(corner).all():
         raise ValueError(
-            f"reference: must be one number for each of {costs.shape[1]} objectives, not "
+            f"reference: must be one finite number for each of {costs.shape[1]} objectives, not "
             f"{reference!r:.60}"
         )
-    return _volume(costs[(costs < corner).all(axis=1)], corner)
+    inside = costs[(costs < corner).all(axis=1)]
+    return math.inf if np.isneginf(inside).any() else _volume(inside, corner)
 
 
 def _volume(costs: np.ndarray, corner: np.ndarray) -> float:

@@ -6,6 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 from xml.sax.saxutils import escape
 
+import numpy as np
+
+from jaxcomp.search import pareto
 from jaxcomp.search.ranking import Leaders, follow, violation
 from jaxcomp.search.shown import number
 
@@ -31,9 +34,10 @@ class Axis(NamedTuple):
 def plot(study: Any, file: str | os.PathLike, *names: str) -> None:
     """Draw the trials: two objectives against each other, or one as the search went on.
 
-    The front, or the best so far, is red; grey are trials beyond the constraints. Failed trials are
-    not drawn, but the title says how many there are. An axis is logarithmic where all of its values
-    are above 0 and the largest is over a hundred times the smallest.
+    The front, or the best so far, is red; grey are trials beyond the constraints. Where there are
+    more objectives than two, the line goes around those that lead in the two that are drawn.
+    Failed trials are not drawn, but the title says how many there are. An axis is logarithmic where
+    all of its values are above 0 and the largest is over a hundred times the smallest.
 
     Args:
         study: a :class:`jaxcomp.search.Study`.
@@ -143,7 +147,12 @@ def _stairs(
     marks: Sequence[tuple[float, float, str]], ways: tuple[str, str], over_trials: bool
 ) -> list[tuple[float, float]]:
     """The border of what the red marks dominate; over the trials, the best so far."""
-    red = sorted((x, y) for x, y, color in marks if color == _FRONT)
+    red = sorted({(x, y) for x, y, color in marks if color == _FRONT})
+    if red and not over_trials:
+        # Of a front in more objectives than are drawn, some may be dominated in these two.
+        signs = [-1.0 if way == "maximize" else 1.0 for way in ways]
+        on_border = pareto.front(np.array(red) * signs)
+        red = [corner for corner, kept in zip(red, on_border, strict=True) if kept]
     corners = red[:1]
     for x, y in red[1:]:
         before = corners[-1]

@@ -152,9 +152,7 @@ def population(
     checks.check_function("function", function, "a candidate that returns arrays")
     check_form(form, mesh)
     axis, devices = mesh_axis(mesh, axis)
-    for name, value in (("chunk", chunk), ("max_bytes", max_bytes)):
-        if value is not None:
-            checks.check_count(name, value)
+    check_limits(chunk, max_bytes)
     total = count(example)
     example = jax.device_put(example)
     if total == 0:
@@ -181,6 +179,18 @@ def population(
     seconds = seconds_of({name: lambda p=p: p(example, *shared) for name, p in tried.items()})
     each = {name: took / total for name, took in seconds.items()}
     return tried[fastest(each)]._replace(seconds=each)
+
+
+def check_limits(chunk: Any, max_bytes: Any) -> None:
+    """Raise unless both are None or at least 1.
+
+    Raises:
+        TypeError: one is no whole number.
+        ValueError: one is too small.
+    """
+    for name, value in (("chunk", chunk), ("max_bytes", max_bytes)):
+        if value is not None:
+            checks.check_count(name, value)
 
 
 def _kind_of(stacked: Any) -> Any:

@@ -18,6 +18,7 @@ from jaxcomp.model import tapped
 from jaxcomp.model.program import Op, Program, Value, read
 from jaxcomp.model.reach import reached
 from jaxcomp.search import scaled
+from jaxcomp.sharding import automatic
 
 _COMPARISONS = frozenset({"gt", "ge", "lt", "le"})
 # Where these turn from one side to the other, their input changes its sign.
@@ -48,8 +49,12 @@ def gradient_norm(loss: Any, params: Any, *batch: Any) -> jax.Array:
     Source: Abdelfattah et al., "Zero-cost proxies for lightweight NAS", ICLR 2021, section 3.2.1.
     """
     checks.check_function("loss", loss, "(params, *batch) that returns one number")
-    found = jax.grad(lambda p: checks.one_number(loss(p, *batch)))(params)
-    norms = [jnp.linalg.norm(leaf.astype(jnp.float32).ravel()) for leaf in _weights(found).values()]
+    # Leaves of integers, such as counters, have no gradient and no part in it.
+    slope = jax.grad(lambda p: checks.one_number(loss(p, *batch)), allow_int=True)
+    found = slope(params)
+    norms = [
+        jnp.sqrt(jnp.square(leaf.astype(jnp.float32)).sum()) for leaf in _weights(found).values()
+    ]
     return jnp.stack(norms).sum()
 
 
@@ -146,7 +151,11 @@ def naswot(apply_fn: Any, params: Any, *inputs: Any) -> jax.Array:
     Source: Mellor et al., "Neural architecture search without training", ICML 2021, equations 1-2.
     """
     checks.check_function("apply_fn", apply_fn, "(params, *inputs)")
-    codes = activation_codes(apply_fn, params, *inputs).astype(jnp.float32)
+    return automatic(_log_determinant)(activation_codes(apply_fn, params, *inputs))
+
+
+def _log_determinant(codes: Any) -> Any:
+    codes = codes.astype(jnp.float32)
     agreeing = codes @ codes.T + (1 - codes) @ (1 - codes).T
     return jnp.linalg.slogdet(agreeing).logabsdet
 
@@ -196,7 +205,7 @@ def activation_codes(apply_fn: Any, params: Any, *inputs: Any) -> jax.Array:
     def code(*example: Any) -> Any:
         values = [*jax.tree.leaves(params), *jax.tree.leaves(example)]
         _, state = tapped.run(program, values, taps, blank)
-        return jnp.concatenate([state[key].ravel() for key in blank])
+        return jnp.concatenate([automatic(jnp.ravel)(state[key]) for key in blank])
 
     return jax.vmap(code)(*inputs)
 
@@ -215,7 +224,7 @@ def jacobian_covariance(apply_fn: Any, params: Any, x: Any) -> jax.Array:
 
     Raises:
         TypeError: ``apply_fn`` is none; ``x`` is not floating, such as tokens.
-        ValueError: ``x`` has no examples.
+        ValueError: ``x`` has no examples; the outputs are not floating.
 
     Example:
         >>> x = jnp.array([[1.0, 2.0, 5.0], [2.0, -1.0, 0.5]])
@@ -232,9 +241,17 @@ def jacobian_covariance(apply_fn: Any, params: Any, x: Any) -> jax.Array:
 
     def total(example: Any) -> Any:
         outputs = jax.tree.leaves(apply_fn(params, example[None]))
-        return sum(leaf.astype(jnp.float32).sum() for leaf in outputs if _is_floating(leaf))
+        sums = [leaf.astype(jnp.float32).sum() for leaf in outputs if _is_floating(leaf)]
+        if not sums:
+            raise ValueError("apply_fn returns nothing floating: the derivatives of what?")
+        return sum(sums[1:], sums[0])
 
-    slopes = jax.vmap(jax.grad(total))(x).astype(jnp.float32).reshape(len(x), -1)
+    return automatic(_spread)(jax.vmap(jax.grad(total))(x))
+
+
+def _spread(slopes: Any) -> Any:
+    """Of derivatives by each example's inputs, how little their directions correlate."""
+    slopes = slopes.astype(jnp.float32).reshape(len(slopes), -1)
     centred = slopes - slopes.mean(axis=1, keepdims=True)
     norms = jnp.linalg.norm(centred, axis=1, keepdims=True)
     dead = (norms == 0).any()
@@ -242,7 +259,7 @@ def jacobian_covariance(apply_fn: Any, params: Any, x: Any) -> jax.Array:
     # The eigenvalues of all correlations, as squares: those near zero weigh most, and come out of
     # the matrix of correlations itself with errors far above the stabilizer.
     roots = jnp.linalg.svd(unit, compute_uv=False)
-    values = jnp.pad(roots**2, (0, len(x) - len(roots))) + _STABILIZER
+    values = jnp.pad(roots**2, (0, len(slopes) - len(roots))) + _STABILIZER
     return jnp.where(dead, -jnp.inf, -jnp.sum(jnp.log(values) + 1 / values))
 
 

@@ -116,14 +116,16 @@ def follow(leaders: Leaders, trial: Trial, directions: Sequence[Direction]) -> L
         return same
     new = standing(trial, directions)
     if len(directions) == 1:
-        if leaders.trials and standing(leaders.trials[0], directions) <= new:
+        old = standing(leaders.trials[0], directions) if leaders.trials else None
+        # Of those that violate constraints equally, the first leads, whatever their costs.
+        if old is not None and (old <= new or old[0] == new[0] > 0):
             return same
         return Leaders((trial,), leaders.seen + 1, 0)
     costs, violations = costs_of((*leaders.trials, trial), directions)
     others, own = slice(0, -1), -1
     equal = (costs[others] == costs[own]).all(axis=1) & (violations[others] == violations[own])
     on_front = pareto.front(costs, violations)
-    # Of those that violate constraints equally, the first leads alone.
+    # Here too the first of those that violate constraints equally leads, and alone.
     if equal.any() or not on_front[own] or (new[0] > 0 and on_front[others].any()):
         return same
     kept = [old for old, stays in zip(leaders.trials, on_front[others], strict=True) if stays]

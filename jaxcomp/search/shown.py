@@ -110,9 +110,9 @@ def number(value: Any) -> str:
     """A measure in words.
 
     Example:
-        >>> number(1234567.0), number(0.98123), number(12.0), number(2e-9)
-        ('1,234,567', '0.9812', '12', '2e-09')
+        >>> number(1234567.0), number(0.98123), number(9999.7), number(2e-9)
+        ('1,234,567', '0.9812', '10,000', '2e-09')
     """
     if isinstance(value, int) or (abs(value) < 1e15 and value == int(value)):
         return f"{int(value):,}"
-    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.4g}"
+    return f"{value:,.0f}" if 9999.5 <= abs(value) < 1e15 else f"{value:.4g}"

@@ -1,6 +1,6 @@
 """Candidates of one structure as one: their numbers become arrays with a leading axis."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +27,7 @@ class Group(NamedTuple):
     structure: Any
 
 
-def stack(candidates: Sequence[Any]) -> Any:
+def stack(candidates: Any) -> Any:
     """Candidates side by side: a tree of arrays whose first axis counts them.
 
     Args:
@@ -38,7 +38,8 @@ def stack(candidates: Sequence[Any]) -> Any:
         allows them), bools as bool.
 
     Raises:
-        TypeError: a leaf is no number and no array, such as a string: see :func:`groups`.
+        TypeError: they are no list; a leaf is no number and no array, such as a string: see
+            :func:`groups`.
         ValueError: there are no candidates; two differ in structure, or in the shape of a leaf; an
             integer is out of range.
 
@@ -50,6 +51,7 @@ def stack(candidates: Sequence[Any]) -> Any:
         ...
         TypeError: act: a candidate has 'relu' here, which no array can hold: group by it with ...
     """
+    _check_list(candidates)
     if len(candidates) == 0:
         raise ValueError("candidates is empty: their structure is not known")
     structure = jax.tree.structure(candidates[0])
@@ -61,7 +63,7 @@ def stack(candidates: Sequence[Any]) -> Any:
     return jax.tree.unflatten(structure, columns)
 
 
-def groups(candidates: Sequence[Any], static: str | Sequence[str] = ()) -> list[Group]:
+def groups(candidates: Any, static: Any = ()) -> list[Group]:
     """The candidates that share one structure and all static parts.
 
     Candidates of several depths have several structures, and so need several programs.
@@ -76,7 +78,8 @@ def groups(candidates: Sequence[Any], static: str | Sequence[str] = ()) -> list[
         Groups in the order of their first candidates.
 
     Raises:
-        TypeError: a static part is an array, or cannot be compared with others (no hash).
+        TypeError: candidates are no list; a static part is an array, or cannot be compared with
+            others (no hash).
 
     Example:
         >>> acts = ("relu", "tanh", "relu")
@@ -84,7 +87,8 @@ def groups(candidates: Sequence[Any], static: str | Sequence[str] = ()) -> list[
         >>> [(group.indices, group.static) for group in found]
         [((0, 2), {'act': 'relu'}), ((1,), {'act': 'tanh'})]
     """
-    patterns = checks.as_patterns(static) if static != () else ()
+    _check_list(candidates)
+    patterns = checks.as_patterns(static) if static not in ((), []) else ()
     found: dict[Any, Group] = {}
     for index, candidate in enumerate(candidates):
         leaves = tree_lib.flatten(candidate, is_leaf=lambda _: False)
@@ -201,6 +205,11 @@ def count(stacked: Any) -> int:
     if found is None:
         raise ValueError("candidates have no leaves: there is nothing to count")
     return found
+
+
+def _check_list(candidates: Any) -> None:
+    if not isinstance(candidates, (list, tuple)):
+        raise TypeError(f"candidates must be a list of them, not {type(candidates).__name__}")
 
 
 def _column(path: str, values: list[Any]) -> Any:

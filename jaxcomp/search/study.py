@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,11 +12,12 @@ import numpy as np
 
 from jaxcomp import checks
 from jaxcomp.model.progress import watched
-from jaxcomp.search import plots, records, shown, spaces
+from jaxcomp.search import pareto, plots, records, shown, spaces
 from jaxcomp.search.measures import Goal, as_goal, as_trial, results
-from jaxcomp.search.ranking import Leaders, follow, violation
+from jaxcomp.search.ranking import Leaders, costs_of, follow, violation
+from jaxcomp.search.spaces.points import settled
 from jaxcomp.search.stop import Stop, as_stop, reason_to_stop
-from jaxcomp.search.trials import Direction, Strategy, Trial
+from jaxcomp.search.trials import Direction, Point, Strategy, Trial
 
 
 class Study(NamedTuple):
@@ -44,10 +45,13 @@ class Study(NamedTuple):
 
         In the order of their numbers; of equal ones the first; empty if there are none.
         """
-        leaders = Leaders()
-        for trial in self.trials:
-            leaders = follow(leaders, trial, tuple(self.objectives.values()))
-        return tuple(trial for trial in leaders.trials if not violation(trial))
+        able = [t for t in self.trials if t.status == "finished" and not violation(t)]
+        costs, _ = costs_of(able, tuple(self.objectives.values()))
+        first: dict[Any, Trial] = {}
+        for trial, leads in zip(able, pareto.front(costs), strict=True):
+            if leads:
+                first.setdefault(trial.values, trial)
+        return tuple(first.values())
 
     @property
     def best(self) -> Trial | None:
@@ -61,8 +65,14 @@ class Study(NamedTuple):
             raise ValueError(f"best: {names} have no common order: take one of study.front")
         return next(iter(self.front), None)
 
-    def candidate(self, trial: Trial) -> Any:
-        """What was evaluated: the space with values in the place of parts."""
+    def candidate(self, trial: Any) -> Any:
+        """What was evaluated: the space with values in the place of parts.
+
+        Raises:
+            TypeError: it is no trial, as ``study.best`` is none where none keeps the constraints.
+        """
+        if not isinstance(trial, Trial):
+            raise TypeError(f"candidate: {trial!r:.60} is no trial: take one of study.trials")
         return spaces.decode(self.space, trial.point)
 
     def table(self) -> Any:
@@ -82,11 +92,10 @@ class Study(NamedTuple):
         head = f"{len(self.trials)} trials ({', '.join(counts) or 'none'}), ended by {self.reason}"
         rows = shown.rows(self)
         lines = [head, shown.text(self)] if len(rows) > 1 else [head]
-        if len(rows) == 1 and self.trials:
-            beyond = [violation(t) for t in self.trials if t.status == "finished"]
-            lines += [f"none within the constraints; the least violation is {min(beyond):.3g}"] * (
-                len(beyond) > 0
-            )
+        beyond = [violation(trial) for trial in self.trials if trial.status == "finished"]
+        if len(rows) == 1 and beyond:
+            least = f"{min(beyond):.3g}"
+            lines.append(f"none within the constraints; the least violation is {least}")
         errors = [trial for trial in self.trials if trial.status == "failed"]
         lines += [f"first failure: trial {t.number}: {t.told.get('error')}" for t in errors[:1]]
         return "\n".join(lines)
@@ -158,17 +167,15 @@ def run(
     _check(space, evaluate, strategy, key, batch)
     search = _Search(space, evaluate, strategy, goal, stop, key, batch)
     check = lambda point: spaces.decode(space, point)
+    # Before there is a file: a strategy may refuse the space or the objectives.
+    state = strategy.init(space, tuple(goal.objectives.values()), key)
     with records.opened(file, _header(search), check) as log:
-        reason, trials = "", list(log.kept.trials)
-        items: Any = _rounds(search, log)
+        trials, reasons = list(log.kept.trials), []
+        items: Any = _noting(_rounds(search, state, log), reasons)
         if stop.evaluations is not None:
             items = _Counted(items, max(stop.evaluations - len(trials), 0))
-        for found in watched(items, "searching", progress):
-            if isinstance(found, Trial):
-                trials.append(found)
-            else:
-                reason = found
-    return Study(space, goal.objectives, goal.constraints, tuple(trials), reason)
+        trials += watched(items, "searching", progress)
+    return Study(space, goal.objectives, goal.constraints, tuple(trials), *reasons)
 
 
 def load(file: Any, space: Any) -> Study:
@@ -230,8 +237,13 @@ class _Counted:
         return self.items
 
 
-def _rounds(search: _Search, log: records.Log) -> Iterator[Any]:
-    """Ask, evaluate, keep and tell, round by round; yields trials, and last why it ends."""
+def _noting(rounds: Generator[Trial, None, str], reasons: list[str]) -> Iterator[Trial]:
+    """The trials; why they end is added to the list, and is none of what the bar counts."""
+    reasons.append((yield from rounds))
+
+
+def _rounds(search: _Search, state: Any, log: records.Log) -> Generator[Trial, None, str]:
+    """Ask, evaluate, keep and tell, round by round; yields trials, returns why it ends."""
     start = time.monotonic()
     directions = tuple(search.goal.objectives.values())
     trials, pending, told = list(log.kept.trials), list(log.kept.pending), log.kept.told
@@ -239,20 +251,19 @@ def _rounds(search: _Search, log: records.Log) -> Iterator[Any]:
     leaders = Leaders()
     for trial in trials:
         leaders = follow(leaders, trial, directions)
-    state = search.strategy.init(search.space, directions, search.key)
     state = search.strategy.tell(state, trials[:told]) if told else state
     limit = search.stop.evaluations
     while True:
         reason = reason_to_stop(search.stop, leaders, before + time.monotonic() - start)
-        if reason is not None:
-            yield reason
-            return
+        # What was asked for at once is evaluated before patience ends: also if a kill came between.
+        if reason is not None and not (reason == "patience" and pending):
+            return reason
         left = search.batch if limit is None else min(search.batch, limit - len(trials))
         if not pending:
-            pending, state = search.strategy.ask(state, left)
-            if not pending:
-                yield "exhausted"
-                return
+            asked, state = search.strategy.ask(state, left)
+            if not asked:
+                return "exhausted"
+            pending = _proper(search, asked)
             log.asked(pending)
         now, pending = pending[:left], pending[left:]
         candidates = [spaces.decode(search.space, point) for point in now]
@@ -267,6 +278,15 @@ def _rounds(search: _Search, log: records.Log) -> Iterator[Any]:
             told = len(trials)
 
 
+def _proper(search: _Search, points: Any) -> list[Point]:
+    """Points as the file keeps them; an error before it does where a strategy went astray."""
+    try:
+        return [settled(search.space, point) for point in points]
+    except (TypeError, ValueError) as error:
+        name = search.strategy.name
+        raise type(error)(f"strategy {name}: asked for {points!r:.80}: {error}") from None
+
+
 def _check(space: Any, evaluate: Any, strategy: Any, key: Any, batch: Any) -> None:
     spaces.every_part(space)
     checks.check_function("evaluate", evaluate, "a list of candidates, with a result for each")
@@ -274,6 +294,8 @@ def _check(space: Any, evaluate: Any, strategy: Any, key: Any, batch: Any) -> No
         raise TypeError(
             f"strategy must be one, such as strategies.evolution(), not {strategy!r:.60}"
         )
+    if not isinstance(strategy.name, str):
+        raise TypeError(f"strategy: its name must be a string, not {strategy.name!r:.60}")
     checks.check_key(key)
     checks.check_count("batch", batch)
 

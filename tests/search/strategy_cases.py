@@ -72,7 +72,7 @@ CASES = [
     Case("evolution", lambda: strategies.evolution(5, 3), several=False),
     Case("evolution-near", lambda: strategies.evolution(4, 2, spread=0.1), several=False),
     Case("nsga2", lambda: strategies.nsga2(5)),
-    Case("nsga2-anew", lambda: strategies.nsga2(4, crossover=0.5, spread=None)),
+    Case("nsga2-anew", lambda: strategies.nsga2(4, crossover=0.5, index=None)),
     Case("optuna", tpe, needs="optuna"),
 ]
 

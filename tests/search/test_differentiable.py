@@ -46,6 +46,8 @@ def test_without_noise_and_warm_it_is_the_softmax_cold_it_is_a_decision():
     np.testing.assert_allclose(warm["a"], probabilities(own)["a"], rtol=1e-6)
     np.testing.assert_allclose(gumbel_softmax(own, None, 0.01)["a"], [0, 1], atol=1e-6)
     assert float(differentiable.entropy({"a": jnp.array([0.0, 90.0])})) < 1e-6
+    ruled_out = {"a": jnp.array([0.0, 0.0, -jnp.inf])}
+    np.testing.assert_allclose(differentiable.entropy(ruled_out), np.log(2) / np.log(3), rtol=1e-6)
 
 
 def test_candidates_are_decided_in_the_structure_of_the_space():
@@ -76,7 +78,20 @@ def test_hostile_arguments_are_refused():
     with pytest.raises(ValueError, match="act: logits are not finite"):
         decide(SPACE, {"act": np.array([0, np.nan, 1]), "layers": [np.zeros(2), None]})
     given = (SPACE, lambda p, w, b: 0.0, optax.sgd(1.0), optax.sgd(1.0))
-    for wrong in ({"temperature": 0.0}, {"inner_rate": 0.0}, {"warm_up": -1}):
+    with pytest.raises(ValueError, match="layers: there are no logits of it"):
+        decide(SPACE, {"act": np.zeros(3)})
+    with pytest.raises(ValueError, match="temperature must be above 0"):
+        gumbel_softmax(jnp.zeros(3), None, 0.0)
+    with pytest.raises(TypeError, match="key must be one PRNG key"):
+        gumbel_softmax(jnp.zeros(3), 0, 1.0)
+    with pytest.raises(ValueError, match="space: there is nothing to choose"):
+        darts({"layers": 3}, *given[1:])
+    with pytest.raises(TypeError, match="logit_optimizer must be an optimizer of optax"):
+        darts(*given[:3], "adam")
+    vector = darts(SPACE, lambda p, w, b: 0.0 * p, *given[2:], penalty=lambda p: p["act"])
+    with pytest.raises(TypeError, match=r"penalty must return one number, not an array of \(3,\)"):
+        vector.step(vector.init(jnp.ones(()), jax.random.key(0)), 0, 0)
+    for wrong in ({"temperature": "hot"}, {"inner_rate": float("nan")}, {"warm_up": -1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             darts(*given, **wrong)
     with pytest.raises(TypeError, match="loss must be a function"):

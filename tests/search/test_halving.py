@@ -124,6 +124,29 @@ def test_maximizing_is_minimizing_of_the_opposite():
     assert found.survivors == halve(RATES).survivors
 
 
+def test_a_rule_says_who_goes_on():
+    asked = []
+
+    def keep(curves, rungs, direction):
+        asked.append((curves.copy(), rungs, direction))
+        curves[:] = 0.0  # its own
+        return np.arange(8) % 2 == curves.shape[1] % 2
+
+    found = halve(RATES, keep=keep, rungs=(2, 4, 6))
+    check_as_alone(found, RATES)
+    assert found.steps.tolist() == [2, 4, 2, 4, 2, 4, 2, 2]
+    assert found.status == ("stopped",) * 7 + ("failed",)
+    assert found.survivors == ()
+    for reached, (curves, rungs, direction) in enumerate(asked, start=1):
+        assert (rungs, direction) == ((2, 4, 6), "minimize")
+        np.testing.assert_array_equal(curves, found.curves[:, :reached])
+    assert len(asked) == 2
+    with pytest.raises(ValueError, match=r"keep returned float64 \(8,\): it must"):
+        halve(RATES, keep=lambda *_: np.ones(8))
+    with pytest.raises(ValueError, match=r"keep returned bool \(1,\): .* 8 candidates"):
+        halve(RATES, keep=lambda *_: [True])
+
+
 def test_all_may_fail():
     found = halve([1e20, 1e25])
     assert found.status == ("failed", "failed")
@@ -199,6 +222,8 @@ def test_a_search_records_what_was_stopped_and_what_failed(tmp_path):
         ({"batches": []}, ValueError, "batches is empty"),
         ({"batches": iter(BATCHES)}, TypeError, "read only once"),
         ({"batches": [np.ones(2), np.ones(3)]}, ValueError, r"has shape \(3,\)"),
+        ({"batches": [{"x": 1.0}, {"y": 1.0}]}, ValueError, "batches: x is not in all of them"),
+        ({"batches": [()]}, ValueError, "a batch holds no array"),
     ],
 )
 def test_errors_come_before_anything_is_computed(settings, error, message):
@@ -214,3 +239,37 @@ def test_a_step_must_return_what_it_was_given():
         )
     with pytest.raises(ValueError, match="candidates is empty"):
         halve([])
+
+
+@pytest.mark.parametrize(
+    ("made", "shown"),
+    [(None, "None"), (1j * jnp.ones(()), "shape"), (jnp.ones(3), r"shape \(3,\)")],
+)
+def test_a_score_must_order_candidates(made, shown):
+    with pytest.raises(TypeError, match=f"score must return one real number, not .*{shown}"):
+        search.successive_halving(
+            init, step, lambda state, _: made, [{"rate": 0.1}], BATCHES,
+            rungs=1, direction="minimize", key=KEY, form="vmap",
+        )  # fmt: skip
+
+
+def test_an_evaluator_is_refused_before_a_search_takes_its_errors_for_failures():
+    def make(known=None, **settings):
+        settings = {"measure": "loss", "direction": "minimize", "rungs": 1, "key": KEY, **settings}
+        return search.halving_evaluator(init, step, score, BATCHES, known=known, **settings)
+
+    for settings, error, message in (
+        ({"direction": "up"}, ValueError, "direction is 'up'"),
+        ({"rung": 3}, TypeError, "unexpected keyword argument 'rung'"),
+        ({"measure": "steps"}, ValueError, "measure='steps' means something else"),
+        ({"measure": 3}, TypeError, "measure must be what the score is called"),
+        ({"known": 3}, TypeError, "known must be a function"),
+        ({"form": "loop", "mesh": jax.make_mesh((8,), ("d",))}, ValueError, "runs on one device"),
+    ):
+        with pytest.raises(error, match=message):
+            make(**settings)
+    assert make()([]) == []
+    with pytest.raises(ValueError, match="known returned 'loss', which training tells"):
+        make(lambda _: {"loss": 0.0})([{"rate": 0.1}])
+    with pytest.raises(TypeError, match="known must return a dict of measures, not 3"):
+        make(lambda _: 3)([{"rate": 0.1}])

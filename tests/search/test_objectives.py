@@ -71,6 +71,15 @@ def test_shapes_that_do_not_go_together_are_refused(measure):
         measure(np.zeros((0, 2)), np.zeros(0, int))
 
 
+def test_labels_that_are_no_classes_are_not_measured():
+    logits = np.eye(3, dtype=np.float32)
+    for measure in (objectives.accuracy, objectives.f1, objectives.cross_entropy):
+        for wrong in (-1, 3):
+            assert np.isnan(jax.jit(measure)(logits, np.array([0, 1, wrong])))
+        with pytest.raises(TypeError, match="labels are of float32: give class numbers"):
+            measure(logits, np.zeros(3, np.float32))
+
+
 def test_costs_are_those_of_the_model_reader_and_need_no_arrays():
     params = {"w": jax.ShapeDtypeStruct((8, 4), jnp.bfloat16)}
     x = jax.ShapeDtypeStruct((3, 8), jnp.bfloat16)

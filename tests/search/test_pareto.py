@@ -132,9 +132,26 @@ def test_a_large_front_is_found_without_all_pairs():
         (lambda: pareto.ranks([[1.0, np.nan]]), "costs: a number is NaN"),
         (lambda: pareto.front([[1.0]], [-1.0]), "violations: one is negative"),
         (lambda: pareto.front([[1.0]], [1.0, 2.0]), "violations: must be one number for each of 1"),
-        (lambda: pareto.hypervolume([[1.0, 2.0]], [3.0]), "reference: must be one number for each"),
+        (lambda: pareto.hypervolume([[1.0, 2.0]], [3.0]), "reference: must be one finite number"),
+        (lambda: pareto.hypervolume([[1.0]], [np.inf]), "reference: must be one finite number"),
     ],
 )
 def test_errors_name_the_argument(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+def test_of_equal_violations_the_first_leads_whatever_the_costs():
+    for directions in (("minimize",), ("minimize", "minimize")):
+        found = [(3.0,) * len(directions), (1.0,) * len(directions)]
+        leaders = Leaders()
+        for number, values in enumerate(found):
+            each = Trial(number, {}, values, "finished", 0.0, {"violation": 0.5})
+            leaders = follow(leaders, each, directions)
+        assert [each.number for each in leaders.trials] == [0]
+        assert leaders.since == 1
+
+
+def test_the_largest_numbers_have_distances_and_volumes():
+    assert pareto.crowding([[1e308, 0], [-1e308, 1], [0, 0.5]]).tolist() == [np.inf, np.inf, 2.0]
+    assert pareto.hypervolume([[-np.inf, 1], [-np.inf, 1]], [3, 3]) == np.inf

@@ -124,3 +124,9 @@ def test_a_candidate_may_be_all_static_and_a_measure_one_number():
     )
     with pytest.raises(TypeError, match="function must be"):
         search.evaluator(None)
+    with pytest.raises(ValueError, match="chunk is 0"):
+        search.evaluator(measures, chunk=0)
+    with pytest.raises(TypeError, match="candidates must be a list of them, not dict"):
+        evaluate({"a": "relu"})
+    with pytest.raises(TypeError, match="candidates must be a list of them, not dict"):
+        search.stack({"a": 1})

@@ -189,6 +189,13 @@ def test_networks_without_hope_are_worst_and_not_nan():
     assert not (np.asarray(COMPILED["naswot"](STACKED, twice)) > -10).any()
 
 
+def test_counters_beside_the_weights_have_no_part_in_it():
+    params = {"layers": drawn(0), "steps": np.int32(3)}
+    loss = lambda p, x: (mlp(p["layers"], x) ** 2).sum() * p["steps"] / 3
+    found = jax.jit(lambda p: proxies.gradient_norm(loss, p, X))(params)
+    np.testing.assert_allclose(found, gradient_norm_by_hand(params["layers"], X), rtol=1e-5)
+
+
 def test_what_has_no_score_is_refused():
     params = drawn(0)
     with pytest.raises(ValueError, match="no activations"):
@@ -202,6 +209,8 @@ def test_what_has_no_score_is_refused():
         proxies.naswot(mlp, params, X[:0])
     with pytest.raises(TypeError, match="no derivatives by it"):
         proxies.jacobian_covariance(mlp, params, X.astype(int))
+    with pytest.raises(ValueError, match="returns nothing floating"):
+        proxies.jacobian_covariance(lambda p, x: x > 0, params, X)
     with pytest.raises(ValueError, match="returns nothing floating"):
         proxies.synflow(lambda p, x: (x @ p[0]["w"]).argmax(), params, X)
     with pytest.raises(TypeError, match="apply_fn must be"):

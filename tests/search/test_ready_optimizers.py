@@ -101,6 +101,11 @@ def test_candidates_of_the_space_make_optimizers():
     [
         (lambda: ready.optimizers(["adamx"]), ValueError, "^optimizers: there is no 'adamx'"),
         (lambda: ready.optimizer({"adam": {"decay": 1}}), ValueError, "^optimizer/adam: there is"),
+        (
+            lambda: ready.optimizer({"sgd": {"rate": None}}),
+            TypeError,
+            "^optimizer/sgd/rate: must be",
+        ),
         (lambda: ready.optimizer_numbers(None), TypeError, "^optimizer: must be a name or"),
     ],
 )

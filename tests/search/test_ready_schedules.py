@@ -178,6 +178,45 @@ def test_every_candidate_of_the_space_has_a_rate():
             "steps is 0",
         ),
         (lambda: ready.stack([]), ValueError, "^stack: there are no numbers"),
+        (
+            lambda: ready.stack(
+                [
+                    ready.activation_numbers("relu"),
+                    ready.schedule_numbers({"rate": 1, "warmup": 0, "decay": "step"}),
+                ]
+            ),
+            TypeError,
+            "^stack: Numbers and ScheduleNumbers do not stand side by side",
+        ),
+        (lambda: ready.activations([]), ValueError, "^activations: there is no kind to choose"),
+        (lambda: ready.activations(["relu", "relu"]), ValueError, "^activations: 'relu' is named"),
+        (lambda: ready.activations({"relu": {"leak": "a"}}), TypeError, "^activations/relu/leak"),
+        (
+            lambda: ready.activation({"relu": {"leak": "a"}}),
+            TypeError,
+            "^activation/relu/leak: mus",
+        ),
+        (
+            lambda: ready.activation("relu")(jnp.array([-2, 3])),
+            TypeError,
+            "takes floats, not int32",
+        ),
+        (
+            lambda: ready.activation_of(ready.activation_numbers("relu"))(np.array([1])),
+            TypeError,
+            "takes floats, not int",
+        ),
+        (lambda: ready.schedules(rate="fast"), TypeError, "^schedules/rate: must be a number or a"),
+        (
+            lambda: ready.schedule({"rate": "fast", "warmup": 0, "decay": "step"}, 9),
+            TypeError,
+            "^schedule/rate: must be a number, not 'fast'",
+        ),
+        (
+            lambda: ready.schedule_numbers({"rate": 1, "warmup": 20, "decay": "step"}),
+            ValueError,
+            "^schedule/warmup is 20: a fraction of the steps",
+        ),
     ],
 )
 def test_what_will_not_do_is_named(call, kind, message):

@@ -78,11 +78,15 @@ def test_every_active_part_is_known_and_its_value_is_one_of_its_own(space, rng):
 
 
 @quick
-@given(any_space(), seeds, st.sampled_from([None, 1e-9, 0.1, 3.0]))
-def test_mutation_changes_one_active_part(space, rng, spread):
+@given(
+    any_space(),
+    seeds,
+    st.sampled_from([{}, *({"spread": i} for i in (1e-9, 0.1, 3.0)), {"index": 0}, {"index": 20}]),
+)
+def test_mutation_changes_one_active_part(space, rng, how):
     assume(lawful(space))
     point = sp.sample(space, rng)
-    other = sp.mutate(space, point, rng, spread=spread)
+    other = sp.mutate(space, point, rng, **how)
     sp.decode(space, other)
     changed = [path for path in point if path in other and point[path] != other[path]]
     assert len(changed) == (0 if sp.count(space) == 1 else 1)
@@ -192,7 +196,7 @@ def test_spread_keeps_near():
     near = [sp.mutate(space, point, rng, spread=0.02) for _ in range(60)]
     assert max(abs(other["n"] - 500) for other in near) < 90
     assert max(abs(np.log10(other["rate"]) + 3) for other in near) < 0.6
-    with pytest.raises(ValueError, match=r"spread is 0\.0"):
+    with pytest.raises(ValueError, match="spread is 0, which changes nothing"):
         sp.mutate(space, point, rng, spread=0.0)
 
 
@@ -296,4 +300,45 @@ def test_what_a_network_prints_as():
         "endless points"
     )
     assert sp.describe(Choice((1, 2))) == "(space)  1 or 2\n2 points"
-    assert sp.describe({}) == "1 points"
+    assert sp.describe({}) == "1 point"
+
+
+def test_ends_whose_quotient_no_float_holds():
+    part = Continuous(1e-200, 1e200, log=True)
+    units = [sp.to_unit(part, value) for value in (1e-200, 1e-100, 1.0, 1e200)]
+    assert units == pytest.approx([0, 0.25, 0.5, 1], abs=1e-12)
+    assert sp.to_unit(Continuous(3.0, 3.0 + 4e-15, log=True), 3.0 + 2e-15) == pytest.approx(
+        0.5, 0.2
+    )
+
+
+@pytest.mark.parametrize(
+    "part",
+    [Integer(1, 2**53, log=True), Integer(7, 2**50 + 7, 2**10, log=True), Integer(3, 3, log=True)],
+)
+def test_the_ends_of_whole_numbers_are_reached(part):
+    assert [sp.from_unit(part, unit) for unit in (0.0, 1.0)] == [part.low, part.high]
+
+
+def test_a_spread_that_leaves_no_number_takes_the_next_one():
+    rng = np.random.default_rng(0)
+    for low, value in ((0.0, 0.5), (0.5, 0.5)):
+        other = sp.mutate(Continuous(low, 9.0), {"": value}, rng, spread=1e-30)[""]
+        assert 0 < abs(other - value) < 1e-15
+
+
+def test_polynomial_steps_are_as_large_as_told_and_stay_within():
+    draws = (np.arange(2000) + 0.5) / 2000
+    moved = np.array([sp.moves.polynomial(0.5, draw, 20.0) for draw in draws])
+    assert np.abs(moved - 0.5).mean() == pytest.approx(1 / 22, rel=1e-3)
+    assert (np.diff(moved) > 0).all()
+    for unit in (0.0, 0.02, 1.0):
+        near = [sp.moves.polynomial(unit, draw, 5.0) for draw in (0.0, *draws, 1.0)]
+        assert near[0] == 0
+        assert near[-1] == 1
+        assert np.median(near) == pytest.approx(unit, abs=1e-3)  # as likely below as above
+
+
+def test_counts_that_python_refuses_to_write_are_described():
+    assert sp.describe(Repeat(5000, Integer(0, 9))).endswith("about 10^5000 points")
+    assert sp.describe(Repeat(99, Integer(0, 9))).endswith(f"{10**99:,} points")

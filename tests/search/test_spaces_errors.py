@@ -38,6 +38,9 @@ NAN = math.nan
         (lambda: Continuous(0, 1, log=True), ValueError, "log needs a number above 0"),
         (lambda: Continuous(-1, 1, log=True), ValueError, "log needs a number above 0"),
         (lambda: Continuous("0", 1), TypeError, "low must be a number, not '0'"),
+        (lambda: Continuous(0, 10**400), ValueError, "high is 1000"),
+        (lambda: Continuous(1, 2, log="no"), TypeError, "log must be True or False, not 'no'"),
+        (lambda: Integer(1, 2, log=1), TypeError, "log must be True or False, not 1"),
         (lambda: Continuous(False, 1), TypeError, "low must be a number, not False"),
         (lambda: Repeat(-1, 1), ValueError, "count is -1"),
         (lambda: Repeat(Integer(-1, 2), 1), ValueError, "the count may become -1: begin at 0"),
@@ -149,6 +152,21 @@ def test_parents_and_points_to_change_are_checked_too():
     for move in (lambda: sp.mutate(SPACE, bad, rng), lambda: sp.cross(SPACE, GOOD, bad, rng)):
         with pytest.raises(ValueError, match=r"^layers/0/width: 12"):
             move()
+
+
+def test_what_is_no_point_or_no_spread():
+    for move in (sp.decode, sp.parts):
+        with pytest.raises(TypeError, match=r"a point must be a dict of values by path, not \[3\]"):
+            move(SPACE, [3])
+    for spread, kind in ((math.inf, ValueError), ("wide", TypeError)):
+        with pytest.raises(kind, match="spread"):
+            sp.mutate(SPACE, GOOD, np.random.default_rng(0), spread=spread)
+    with pytest.raises(ValueError, match="index is -1"):
+        sp.mutate(SPACE, GOOD, np.random.default_rng(0), index=-1)
+    with pytest.raises(ValueError, match="spread and index are two ways"):
+        sp.mutate(SPACE, GOOD, np.random.default_rng(0), index=1, spread=1)
+    with pytest.raises(ValueError, match="is none of the options 'relu'"):
+        sp.encode(Choice({"relu": None}), np.array(["relu", "gelu"]))
 
 
 def test_no_end_of_values_is_named():

@@ -153,6 +153,20 @@ def test_grid_is_the_list_of_all_points():
     assert points_of(driven(strategies.grid(3), space, TWO, 1000, 5)) == listed
 
 
+def test_grid_may_be_asked_ahead_of_what_it_is_told():
+    strategy = strategies.grid()
+    first, state = strategy.ask(strategy.init(Integer(1, 5), ONE, KEY), 2)
+    second, state = strategy.ask(state, 2)
+    state = strategy.tell(state, [trial(i, each, (1.0,)) for i, each in enumerate(first)])
+    assert [each[""] for each in first + second + strategy.ask(state, 9)[0]] == [1, 2, 3, 4, 5]
+
+
+def test_the_endless_option_of_many_is_found():
+    space = Choice({**{str(i): None for i in range(99)}, "rate": Continuous(0, 1)})
+    found = points_of(driven(strategies.random(), space, ONE, 130, 10))
+    assert len({spaces.frozen(point) for point in found}) == 130
+
+
 def test_greedy_ends_where_no_part_alone_is_better():
     value = lambda c: (c["a"] - 3) ** 2 + (c["b"] - 5) ** 2 + (0 if c["on"] else 10)
     space = {"a": Integer(0, 7), "b": Integer(0, 7), "on": Choice((False, True))}
@@ -236,6 +250,7 @@ def test_random_uses_up_a_space_that_is_nearly_seen():
         (lambda: strategies.evolution(spread=-1), "spread is -1"),
         (lambda: strategies.evolution(spread=0), "spread is 0, which changes nothing"),
         (lambda: strategies.nsga2(population=1), "population is 1: at least 2"),
+        (lambda: strategies.nsga2(index=-1), "index is -1"),
         (lambda: strategies.nsga2(crossover=2), "crossover is 2, but must be a probability"),
         (lambda: strategies.grid(levels=0), "levels is 0"),
         (lambda: strategies.greedy(levels=1), "levels is 1: at least 2"),

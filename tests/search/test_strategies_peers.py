@@ -85,4 +85,4 @@ def test_nsga2_is_near_pymoos():
 
     mine, other = (np.mean([f(seed) for seed in range(SEEDS)]) for f in (ours, theirs))
     print(f"ZDT1, hypervolume: ours {mine:.4f}, pymoo's NSGA-II {other:.4f}, the front 0.8767")
-    assert mine > 0.9 * other
+    assert mine > 0.95 * other

@@ -66,6 +66,25 @@ def test_measures_of_any_kind_are_kept():
     }
 
 
+def test_measures_of_other_number_formats_are_kept():
+    half = jnp.asarray(0.5, jnp.bfloat16)
+    results = [half, {"value": half, "ok": np.array(True), "huge": 10**400}, -(10**400)]
+    study = search(lambda found: results, stop=3, batch=3)
+    assert [each.values for each in study.trials] == [(0.5,), (0.5,), None]
+    assert study.trials[1].told == {"ok": True, "huge": "inf"}
+    assert study.trials[2].told == {"error": "value is -inf"}
+
+
+def test_a_study_of_failures_alone_is_shown():
+    study = search(lambda found: found["x"], stop=2)
+    assert str(study).startswith(
+        "2 trials (2 failed), ended by evaluations\nfirst failure: trial 0"
+    )
+    assert study.table().row_count == 0
+    with pytest.raises(TypeError, match=r"None is no trial: take one of study\.trials"):
+        study.candidate(study.best)
+
+
 def test_what_fails_is_recorded_and_the_search_goes_on():
     def evaluate(found):
         if any(each["x"] == 3 for each in found):
@@ -147,11 +166,14 @@ def test_results_say_what_failed_was_stopped_or_violates():
         (lambda found: [], "returned 0 results for 2 candidates"),
         (lambda found: iter([1.0]), "returned 1 results for 2 candidates"),
         (lambda found: [1.0] * 3, "returned 3 results for 2 candidates"),
-        (lambda found: ["good"] * 2, "a result must be a number or a dict, not 'good'"),
+        (lambda found: ["good"] * 2, "a number or a dict of measures by name, not 'good'"),
         (lambda found: [{"accuracy": 1.0}] * 2, "a result lacks 'value', which is an objective"),
         (lambda found: [{"value": "high"}] * 2, "'value' must be a number, not 'high'"),
         (lambda found: [{"value": 1, "f": print}] * 2, "measure 'f' is builtin_function_or_method"),
         (lambda found: [{"value": 1, "violation": -1}] * 2, "violation is -1"),
+        (lambda found: iter([1.0] * 3), "returned more than 2 results for 2 candidates"),
+        (lambda found: [{"value": 1, "error": 0.1}] * 2, "'error' says in words why .*; 0.1 is a"),
+        (lambda found: [{"value": 1, "stopped": 17}] * 2, "'stopped' must be True or False"),
     ],
 )
 def test_results_that_are_none_are_errors(evaluate, words):
@@ -164,6 +186,27 @@ def test_a_number_will_not_do_for_several_measures():
         search(total, objectives={"a": "minimize", "b": "maximize"})
     with pytest.raises(ValueError, match="lacks 'bytes', which has a limit"):
         search(lambda found: [{"a": 1.0}], objectives={"a": "minimize"}, constraints={"bytes": 1})
+
+
+@pytest.mark.parametrize(
+    ("points", "words"),
+    [([{"x": 33, "y": 0}], "x: 33 is not among 0 to 9"), ([3], "a point must be a dict")],
+)
+def test_a_strategy_that_goes_astray_leaves_no_trace(tmp_path, points, words):
+    file = tmp_path / "study.jsonl"
+    lost = Strategy(lambda *_: 0, lambda s, _: (points, s), lambda s, _: s, "lost()")
+    with pytest.raises((TypeError, ValueError), match=rf"strategy lost\(\): asked for .*{words}"):
+        search(total, 3, lost, file=file)
+    assert len(file.read_text().splitlines()) == 1
+    array = Strategy(
+        lambda *_: 0, lambda s, _: ([{"y": np.int64(1), "x": 2}], s), lambda s, _: s, "lost()"
+    )
+    assert list(search(total, 1, array, file=file).trials[0].point.items()) == [("x", 2), ("y", 1)]
+
+
+def test_the_bar_ends_at_its_end(capsys):
+    search(total, stop=3, progress=True)
+    assert "3/3" in capsys.readouterr().err
 
 
 def test_patience_counts_what_betters_nothing():
@@ -277,6 +320,8 @@ def test_stairs_go_around_what_is_dominated():
     assert minimal == [(1, 3), (2, 3), (2, 1)]
     maximal = plots._stairs(red((1, 3), (2, 1)), ("maximize", "maximize"), False)
     assert maximal == [(1, 3), (1, 1), (2, 1)]
+    third = plots._stairs(red((1, 3), (1.5, 4), (2, 1), (2, 1)), ("minimize", "minimize"), False)
+    assert third == minimal  # what leads in a third objective alone is within
 
 
 def test_a_plot_needs_something_to_draw(tmp_path):

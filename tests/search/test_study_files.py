@@ -47,7 +47,7 @@ def test_a_study_is_lines_of_json(whole):
     header, *lines = map(json.loads, data.splitlines())
     assert header["study"] == "jaxcomp.search"
     assert header["objectives"] == {"loss": "minimize"}
-    assert header["strategy"] == "evolution(population=4, sample_size=2, spread=None)"
+    assert header["strategy"] == "evolution(population=4, sample_size=2, spread=0.2)"
     assert [len(line["asked"]) for line in lines if "asked" in line] == [4, 4, 4]
     assert [line["number"] for line in lines if "number" in line] == list(range(12))
     assert len(trials) == 12
@@ -106,6 +106,22 @@ def test_a_search_may_go_on_for_longer_and_in_other_batches(whole, tmp_path):
     file.write_bytes(b"".join(lines[:3]))  # four were asked for, one is finished
     assert len(search(file, 3, batch=1).trials) == 3
     assert without_seconds(search(file, 12)) == whole[0]
+
+
+def test_patience_waits_for_what_was_asked_at_once(tmp_path):
+    """As it does where no kill came in between."""
+    file = tmp_path / "study.jsonl"
+    values = dict(enumerate([5.0, 6.0, 6.0, 1.0] + [2.0] * 9))
+    started = lambda: {"evaluate": lambda found: [values[each] for each in found], "batch": 4}
+    options = {"space": Integer(0, 9), "strategy": strategies.grid(), "objectives": "minimize"}
+    study = search(file, Stop(patience=2), **options, **started())
+    assert len(study.trials) == 8
+    lines = file.read_bytes().splitlines(keepends=True)
+    for end in range(2, len(lines)):
+        file.write_bytes(b"".join(lines[:end]))
+        again = search(file, Stop(patience=2), **options, **started())
+        assert without_seconds(again) == without_seconds(study)
+        assert again.reason == "patience"
 
 
 def test_seconds_of_earlier_runs_count(tmp_path):
@@ -191,7 +207,10 @@ def test_a_study_being_written_is_locked_and_can_be_read(tmp_path):
             {"objectives": {"loss": "maximize"}},
             "another study: objectives: {'loss': 'minimize'}, now",
         ),
-        ({"objectives": {"loss": "minimize", "a": "minimize"}}, "another study: objectives"),
+        (
+            {"objectives": {"loss": "minimize", "a": "minimize"}, "strategy": strategies.random()},
+            "another study: objectives",
+        ),
         ({"constraints": {"bytes": 3}}, "another study: constraints: {}, now {'bytes': 3.0}"),
         ({"strategy": strategies.nsga2()}, "another study: strategy: 'evolution.*now 'nsga2"),
         ({"strategy": strategies.evolution(5, 2)}, "another study: strategy"),
@@ -204,6 +223,19 @@ def test_another_study_is_refused_by_what_is_different(whole, tmp_path, changes,
     with pytest.raises(ValueError, match=words):
         search(file, **{"evaluate": evaluate, **changes})
     assert file.read_bytes() == whole[1]
+
+
+def test_what_a_strategy_refuses_leaves_no_file(tmp_path):
+    both = {"loss": "minimize", "size": "minimize"}
+    with pytest.raises(ValueError, match="evolution takes one objective, not 2"):
+        search(tmp_path / "study.jsonl", objectives=both)
+    assert not (tmp_path / "study.jsonl").exists()
+
+
+def test_a_space_may_be_told_in_other_words(whole, tmp_path):
+    file = tmp_path / "study.jsonl"
+    file.write_bytes(whole[1].replace(b"0 to 9", b"from 0 up to 9"))
+    assert without_seconds(search(file, 12)) == whole[0]
 
 
 def test_the_order_of_objectives_counts(tmp_path):

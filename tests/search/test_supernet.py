@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jaxcomp
@@ -229,6 +230,55 @@ def test_extracted_networks_are_trees_like_others(tmp_path):
     }
 
 
+def matrices(params):
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+
+OPTIMIZERS = {
+    "adamw": optax.adamw(1e-3),
+    "masked and accumulated": optax.MultiSteps(optax.masked(optax.trace(0.9), matrices), 2),
+}
+
+
+@pytest.mark.parametrize("tx", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("pick", [lambda tree: tree, lambda tree: tree["params"]])
+def test_the_state_of_an_optimizer_is_cut_as_the_parameters(tx, pick):
+    case, net = net_of("resnet")
+    small = net.extract(case.params, net.smallest | {"connections": {"shortcut": True}})
+    rng = np.random.default_rng(0)
+    slopes = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), case.params)
+    # One step taken before the cut, and the same after it.
+    after = lambda params, slopes: tx.update(slopes, tx.init(params), params)[1]
+    state = jax.jit(after)(pick(case.params), pick(slopes))
+    own = jax.jit(after)(pick(small.params), pick(small.shrink(slopes)))
+    found = small.shrink(state)
+    assert jax.tree.structure(found) == jax.tree.structure(own)
+    jax.tree.map(np.testing.assert_array_equal, found, own)
+
+
+def test_what_cannot_be_cut_as_the_parameters_is_refused_by_name():
+    net = supernet(*CALL, width={"up": (2, 4)})
+    small = net.extract(PARAMS, net.smallest)
+    kept = {"count": np.int32(3), "key": jax.random.key(0), "old": np.zeros(2, np.uint32)}
+    assert all(small.shrink(kept)[name] is leaf for name, leaf in kept.items())
+    with pytest.raises(ValueError, match=r"table: shape \(7,\) mirrors no parameter: make a new"):
+        small.shrink({"table": np.ones(7)})
+    with pytest.raises(ValueError, match=r"v_row/up: shape \(3,\), but up is \(3, 4\) and is cut"):
+        small.shrink({"v_row": {"up": np.ones(3)}})
+    method = jaxcomp.quantize.train(jaxcomp.quantize.Format(8))
+    wrapped = jaxcomp.wrap_optimizer(optax.sgd(0.1), method)
+    with pytest.raises(ValueError, match="wrap_optimizer is learned by a method"):
+        small.shrink(wrapped.init(PARAMS))
+    # Layers alike, of which one alone is narrower: whose momenta?
+    params = {"a": PARAMS, "b": PARAMS}
+    both = lambda p, x: dense(p["a"], x) + dense(p["b"], x)
+    net = supernet(both, params, CALL[2], width={"a/up": (2, 4)})
+    small = net.extract(params, net.smallest)
+    assert small.shrink({"mu": params})["mu"]["b"]["up"].shape == (3, 4)
+    with pytest.raises(ValueError, match="mu/up: a/up and b/up fit alike and are cut differently"):
+        small.shrink({"mu": {"up": PARAMS["up"]}})
+
+
 def test_equinox_models_and_lists_of_arrays():
     mlp = eqx.nn.MLP(3, 2, 8, 2, key=jax.random.key(0))
     arrays, rest = eqx.partition(mlp, eqx.is_array)
@@ -256,7 +306,11 @@ CALL = (dense, PARAMS, np.ones((1, 3), np.float32))
     [
         ({}, ValueError, "nothing is elastic"),
         ({"width": {"sideways": (0.5, 1.0)}}, ValueError, r"names no group.*nearest: up\[1\]"),
-        ({"width": {"down": (1, 2)}}, ValueError, r"cannot be cut: down\[1\] is an axis of the"),
+        (
+            {"width": {"down": (1, 2)}},
+            ValueError,
+            r"be cut: down\[1\] is an axis of .*: name some of up",
+        ),
         ({"width": {"up": (0.0, 1.0)}}, ValueError, "0.0 is no fraction"),
         ({"width": {"up": (2, 5)}}, ValueError, r"up\[1\] has 4 units, not 5"),
         ({"width": {"up": ()}}, ValueError, "'up': there are no options"),
@@ -269,6 +323,7 @@ CALL = (dense, PARAMS, np.ones((1, 3), np.float32))
         ({"depth": {"stage": ["sideways"]}}, ValueError, "depth: stage, branch 0: pattern"),
         ({"connections": {"all": "up"}}, ValueError, "with up zero, every output is"),
         ({"width": {"up": (1,)}, "order": "last"}, ValueError, "order must be 'first' or 'l1'"),
+        ({"width": {"up": (1,)}, "also": [dense]}, TypeError, r"also must be \[\(function, "),
     ],
 )
 def test_what_cannot_be_elastic_is_refused_by_name(kwargs, error, words):
@@ -310,12 +365,34 @@ def test_candidates_that_do_not_fit_are_refused_by_name():
         net.extract(PARAMS, {})
     with pytest.raises(ValueError, match=r"not of the supernet's space.*kernel/up"):
         net.masked(PARAMS, good | {"kernel": {"up": jnp.ones((), int)}})
+    for wrong in (np.int64(3), jnp.int32(3), jnp.float32(2.7)):
+        with pytest.raises(ValueError, match=r"width/up\[1\]: .* is none of the options 2, 4"):
+            net.masked(PARAMS, {"width": {"up[1]": wrong}})
+    small = net.extract(PARAMS, good)
+    with pytest.raises(ValueError, match=r"down: shape \(2, 2\), but the largest model has"):
+        net.extract(small.params, good)
+    with pytest.raises(ValueError, match="not those of the largest model, which differs in down"):
+        net.extract({"up": PARAMS["up"]}, good)
+    with pytest.raises(ValueError, match=r"up: shape \(1, 4\), but the largest model has \(3, 4\)"):
+        net.masked({**PARAMS, "up": PARAMS["up"][:1]}, good)
+    for weights in (good, {}, {"width": {"up[1]": np.ones(3)}}):
+        for take in (net.expected_cost, lambda w: net.mixed(PARAMS, w)):
+            with pytest.raises(
+                ValueError, match=r"width/up\[1\]: a weight is needed for each of 2"
+            ):
+                take(weights)
     with pytest.raises(ValueError, match=r"shape \(3,\): a candidate has one number"):
         net.masked(PARAMS, {"width": {"up[1]": np.ones(3, int)}})
     with pytest.raises(TypeError, match="traced number"):
         jax.eval_shape(lambda c: net.extract(PARAMS, c).params, good)
     with pytest.raises(ValueError, match="'down' is not in these parameters"):
         net.masked({"up": PARAMS["up"]}, good)
+    shapes = jax.eval_shape(lambda: PARAMS)
+    with pytest.raises(TypeError, match="down: order='l1' looks at its numbers: give arrays"):
+        supernet(dense, shapes, CALL[2], width={"up": (2, 4)}, order="l1")
+    nan = {**PARAMS, "up": np.nan * PARAMS["up"]}
+    with pytest.raises(ValueError, match="up: is not finite: its units have no order"):
+        supernet(dense, nan, CALL[2], width={"up": (2, 4)}, order="l1")
     packed = {**PARAMS, "up": SimpleNamespace()}
     with pytest.raises(TypeError, match="up"):
         supernet(dense, packed, CALL[2], width={"up": (2, 4)})

@@ -100,6 +100,14 @@ def test_soft_labels_teach_but_do_not_learn():
     slopes = jax.grad(soft_cross_entropy, (0, 1))(student, teacher)
     assert np.abs(slopes[0]).max() > 0.01
     assert not np.asarray(slopes[1]).any()
+    # Of classes that are ruled out nothing is said, and half floats are summed in whole ones.
+    out = np.array([[0.0, 1.0, -np.inf]], np.float32)
+    value, slope = jax.value_and_grad(soft_cross_entropy)(out, out)
+    wanted = np.array([np.exp(0), np.exp(1)]) / (1 + np.e)
+    np.testing.assert_allclose(value, -np.sum(wanted * np.log(wanted)), rtol=1e-6)
+    np.testing.assert_allclose(slope, np.zeros((1, 3)), atol=1e-6)
+    half = soft_cross_entropy(jnp.asarray(student, jnp.bfloat16), jnp.asarray(teacher, "bfloat16"))
+    np.testing.assert_allclose(half, np.log(3), rtol=1e-6)
 
 
 def test_what_a_sandwich_cannot_be_made_of_is_refused():
@@ -114,6 +122,14 @@ def test_what_a_sandwich_cannot_be_made_of_is_refused():
     batch = np.ones((2, 5), np.float32), np.zeros(2, np.int32)
     with pytest.raises(TypeError, match="key must be one PRNG key"):
         sandwich(net, forward, cross_entropy)(params, 0, batch)
+    with pytest.raises(TypeError, match=r"forward must return \(outputs, aux\) with has_aux=True"):
+        sandwich(net, forward, cross_entropy, has_aux=True)(params, jax.random.key(0), batch)
+    with pytest.raises(TypeError, match="net must be of search"):
+        sandwich(None, forward, cross_entropy)
+    with pytest.raises(TypeError, match="distance must be a function"):
+        sandwich(net, forward, cross_entropy, distance="kl")
+    with pytest.raises(TypeError, match="always must be a list of candidates"):
+        sandwich(net, forward, cross_entropy, always=net.largest)
     with pytest.raises(TypeError, match="loss must return one floating number"):
         jax.eval_shape(sandwich(net, forward, lambda o, b: o), params, jax.random.key(0), batch)
 
@@ -191,5 +207,9 @@ def test_what_is_no_moving_average_is_refused():
         recalibrate(lambda p, x: {"average": x.mean(0)}, params, [x])
     with pytest.raises(TypeError, match="n: int32 is no statistic"):
         recalibrate(lambda p, x: {"n": p["n"] + 1}, params, [x])
+    with pytest.raises(ValueError, match="update returned no statistics"):
+        recalibrate(lambda p, x: {}, params, [x])
+    with pytest.raises(ValueError, match=r"mean: update returned shape \(3,\), but params have"):
+        recalibrate(lambda p, x: {"mean": x.mean(1)}, params, [x])
     with pytest.raises(ValueError, match="batches: there are none"):
         recalibrate(lambda p, x: {"mean": x.mean(0)}, params, [])

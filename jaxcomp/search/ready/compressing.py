@@ -1,10 +1,11 @@
 """How sparse and how many bits each layer shall be: as a space, as rules by path."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxcomp import tree
+from jaxcomp import checks, tree
 from jaxcomp.search.spaces import Choice
+from jaxcomp.search.spaces.kinds import is_constant
 
 
 def compressions(
@@ -12,7 +13,7 @@ def compressions(
     *,
     sparsities: Any = (0.0, 0.5, 0.75, 0.9),
     bits: Any = (2, 3, 4, 8, None),
-    patterns: Sequence[str] | None = None,
+    patterns: Any = None,
     where: Callable[[str, Any], bool] = tree.is_weight,
 ) -> dict[str, Any]:
     """A space of compression settings, one part for the sparsity and one for the bits of each leaf.
@@ -33,8 +34,10 @@ def compressions(
         A space, by path or pattern.
 
     Raises:
-        TypeError: ``sparsities`` or ``bits`` are neither a sequence nor a part.
-        ValueError: there is nothing to choose; no leaf is meant; a pattern matches none.
+        TypeError: ``sparsities`` or ``bits`` are neither a sequence nor a part, or hold what is no
+            number; ``patterns`` are none.
+        ValueError: there is nothing to choose; a number is out of range; no leaf is meant; a
+            pattern matches none.
 
     Example:
         >>> import jax.numpy as jnp
@@ -56,6 +59,7 @@ def compressions(
     leaves = tree.select(params, where, check=False)
     names = list(leaves)
     if patterns is not None:
+        patterns = checks.as_patterns(patterns)
         matched = tree.assign(patterns, leaves)
         names = [pattern for pattern in patterns if pattern in matched.values()]
         for pattern in patterns:
@@ -66,15 +70,16 @@ def compressions(
     return {name: dict(parts) for name in names}
 
 
-def setting(candidate: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, Any]:
-    """One setting of each rule.
+def setting(candidate: Mapping[str, Mapping[str, Any]], name: str, *more: str) -> dict[str, Any]:
+    """One setting of each rule, or several together.
 
     Args:
         candidate: of :func:`compressions`.
         name: ``"sparsity"`` or ``"bits"``.
+        *more: further ones.
 
     Returns:
-        By path or pattern, in the order of the rules.
+        By path or pattern, in the order of the rules; a tuple for each if there are several names.
 
     Raises:
         ValueError: a rule has no such setting.
@@ -82,11 +87,17 @@ def setting(candidate: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, 
     Example:
         >>> setting({"head": {"bits": 4}, "body": {"bits": None}}, "bits")
         {'head': 4, 'body': None}
+        >>> setting({"head": {"sparsity": 0.5, "bits": 4}}, "sparsity", "bits")
+        {'head': (0.5, 4)}
     """
+    names = (name, *more)
     for path, rule in candidate.items():
-        if name not in rule:
-            raise ValueError(f"{path}: the rule has no {name!r}, only {', '.join(rule)}")
-    return {path: rule[name] for path, rule in candidate.items()}
+        for each in names:
+            if each not in rule:
+                raise ValueError(f"{path}: the rule has no {each!r}, only {', '.join(rule)}")
+    if not more:
+        return {path: rule[name] for path, rule in candidate.items()}
+    return {path: tuple(rule[each] for each in names) for path, rule in candidate.items()}
 
 
 def _part(name: str, given: Any) -> Any:
@@ -96,6 +107,15 @@ def _part(name: str, given: Any) -> Any:
 
 def _choice(name: str, given: Any) -> Choice:
     try:
-        return Choice(given)
+        choice = Choice(given)
     except (TypeError, ValueError) as error:
         raise type(error)(f"compressions/{name}: {error}") from None
+    constants: list[Any] = [option for option in choice.spaces if is_constant(option)]
+    for value in constants:
+        if name == "sparsity":
+            checks.check_amount("compressions/sparsity", value)
+            if value > 1:
+                raise ValueError(f"compressions/sparsity is {value}: a fraction is at most 1")
+        elif value is not None:
+            checks.check_count("compressions/bits", value)
+    return choice

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcomp import tree
+from jaxcomp import checks, tree
 from jaxcomp.search.spaces import Choice
-from jaxcomp.search.spaces.kinds import Part
+from jaxcomp.search.spaces.kinds import Part, is_constant
 
 
 class Parameter(NamedTuple):
@@ -46,23 +46,31 @@ def space_of(what: str, kinds: Kinds, chosen: Any) -> Choice:
     """A space of some kinds: all with their parameters, some plain, or some as given.
 
     Raises:
-        TypeError: ``chosen`` is neither None nor names nor a mapping.
-        ValueError: there is no such kind, or it has no such parameter.
+        TypeError: ``chosen`` is neither None nor names nor a mapping, or a parameter neither a
+            number nor a part.
+        ValueError: there is no such kind, or it has no such parameter; there are none, or one comes
+            twice.
     """
     if chosen is None:
         free = {name: _free(kind) for name, kind in kinds.items()}
         return Choice(free)
+    if isinstance(chosen, (Mapping, Sequence)) and not chosen:
+        raise ValueError(f"{what}: there is no kind to choose: name one, or give None for all")
     if isinstance(chosen, Mapping):
         for name, given in chosen.items():
             _check(what, kinds, name, given)
+            for key, value in (given or {}).items():
+                check_free(f"{what}/{name}/{key}", value)
         return Choice({name: dict(given) if given else None for name, given in chosen.items()})
     if isinstance(chosen, str) or not isinstance(chosen, Sequence):
         raise TypeError(
             f"{what}: kinds must be None, a list of names, or a mapping of names to parameters, "
             f"not {chosen!r:.60}"
         )
-    for name in chosen:
+    for i, name in enumerate(chosen):
         _check(what, kinds, name, None)
+        if name in chosen[:i]:
+            raise ValueError(f"{what}: {name!r} is named twice: take one out")
     return Choice(dict.fromkeys(chosen))
 
 
@@ -74,7 +82,7 @@ def read(what: str, kinds: Kinds, candidate: Any) -> tuple[str, dict[str, Any]]:
     """The name and all parameters of what a candidate chose, usual ones where it names none.
 
     Raises:
-        TypeError: it is neither a name nor ``{name: parameters}``.
+        TypeError: it is neither a name nor ``{name: parameters}``, or a parameter is no number.
         ValueError: there is no such kind, or it has no such parameter.
     """
     name, given = candidate, None
@@ -83,6 +91,8 @@ def read(what: str, kinds: Kinds, candidate: Any) -> tuple[str, dict[str, Any]]:
     if not isinstance(name, str):
         raise TypeError(f"{what}: must be a name or {{name: parameters}}, not {candidate!r:.60}")
     _check(what, kinds, name, given)
+    for key, value in (given or {}).items():
+        check_number(f"{what}/{name}/{key}", value)
     usual = {key: parameter.usual for key, parameter in kinds[name].parameters.items()}
     return name, {**usual, **(given or {})}
 
@@ -123,6 +133,7 @@ def stack(numbers: Sequence[Any]) -> Any:
         The same tree with a leading axis, one entry a candidate.
 
     Raises:
+        TypeError: they are of several functions.
         ValueError: there are none.
 
     Example:
@@ -132,8 +143,37 @@ def stack(numbers: Sequence[Any]) -> Any:
     """
     if not numbers:
         raise ValueError("stack: there are no numbers: give those of at least one candidate")
+    kinds = sorted({type(each).__name__ for each in numbers})
+    if len(kinds) > 1:
+        raise TypeError(f"stack: {' and '.join(kinds)} do not stand side by side: stack each alone")
     traced = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(list(numbers)))
     return jax.tree.map(lambda *each: (jnp if traced else np).stack(each), *numbers)
+
+
+def check_number(path: str, value: Any) -> None:
+    """Raise unless a value of a candidate is a number, or an array, which may be traced.
+
+    Raises:
+        TypeError: it is none.
+
+    Example:
+        >>> check_number("activation/relu/leak", "0.1")
+        Traceback (most recent call last):
+        ...
+        TypeError: activation/relu/leak: must be a number, not '0.1'
+    """
+    if not checks.is_number(value) and not isinstance(value, (jax.Array, np.ndarray)):
+        raise TypeError(f"{path}: must be a number, not {value!r:.60}")
+
+
+def check_free(path: str, value: Any) -> None:
+    """Raise unless a value of a space is a number or something to choose.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if is_constant(value) and not checks.is_number(value):
+        raise TypeError(f"{path}: must be a number or a part, not {value!r:.60}")
 
 
 def _check(what: str, kinds: Kinds, name: Any, given: Any) -> None:

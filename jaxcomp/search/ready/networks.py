@@ -89,14 +89,14 @@ def cnns(
     return {"layers": Repeat(depth, layer), "activation": activation}
 
 
-def mlp(candidate: Any, inputs: int, outputs: int) -> Network:
+def mlp(candidate: Any, inputs: Any, outputs: Any) -> Network:
     """The perceptron that a candidate stands for.
 
     A layer with a skip adds what it was given to what its activation gives: as it is where the
     widths are equal, through a matrix where they are not.
 
     Args:
-        candidate: of :func:`mlps`.
+        candidate: of :func:`mlps`; what else it holds is passed over.
         inputs: the number of features.
         outputs: the number of logits.
 
@@ -104,8 +104,8 @@ def mlp(candidate: Any, inputs: int, outputs: int) -> Network:
         ``apply`` takes ``(…, inputs)`` and gives ``(…, outputs)``.
 
     Raises:
-        TypeError: the candidate is no dict, or a width no whole number.
-        ValueError: a part is missing; a width is below 1.
+        TypeError: the candidate or a layer is no dict, or a number no whole number.
+        ValueError: a part is missing; a number is below 1.
 
     Example:
         >>> layers = [{"width": 8, "skip": False}, {"width": 8, "skip": True}]
@@ -119,6 +119,8 @@ def mlp(candidate: Any, inputs: int, outputs: int) -> Network:
     Source: skips: He et al., "Deep residual learning", CVPR 2016, section 3.2, equations 1 and 2.
     """
     layers, nonlinearity = _opened(candidate, ("width", "skip"))
+    checks.check_count("inputs", inputs)
+    checks.check_count("outputs", outputs)
     shapes: dict[str, tuple[int, ...]] = {}
     before = inputs
     for i, layer in enumerate(layers):
@@ -139,7 +141,7 @@ def mlp(candidate: Any, inputs: int, outputs: int) -> Network:
     return Network(_init_of(shapes), apply)
 
 
-def cnn(candidate: Any, channels: int, outputs: int) -> Network:
+def cnn(candidate: Any, channels: Any, outputs: Any) -> Network:
     """The convolutional network that a candidate stands for.
 
     Convolutions pad to keep the size (but for strides); their last channels are averaged over the
@@ -147,7 +149,7 @@ def cnn(candidate: Any, channels: int, outputs: int) -> Network:
     activation gives: as it is where the shapes are equal, through a 1×1 convolution where not.
 
     Args:
-        candidate: of :func:`cnns`.
+        candidate: of :func:`cnns`; what else it holds is passed over.
         channels: of the images.
         outputs: the number of logits.
 
@@ -155,7 +157,7 @@ def cnn(candidate: Any, channels: int, outputs: int) -> Network:
         ``apply`` takes ``(batch, height, width, channels)`` and gives ``(batch, outputs)``.
 
     Raises:
-        TypeError: the candidate is no dict, or a number of it no whole number.
+        TypeError: the candidate or a layer is no dict, or a number no whole number.
         ValueError: a part is missing; a number is below 1.
 
     Example:
@@ -168,6 +170,8 @@ def cnn(candidate: Any, channels: int, outputs: int) -> Network:
     Source: skips: He et al., "Deep residual learning", CVPR 2016, section 3.3, option B.
     """
     layers, nonlinearity = _opened(candidate, ("channels", "size", "stride", "skip"))
+    checks.check_count("channels", channels)
+    checks.check_count("outputs", outputs)
     shapes: dict[str, tuple[int, ...]] = {}
     before = channels
     for i, layer in enumerate(layers):
@@ -200,11 +204,15 @@ def _opened(candidate: Any, names: Sequence[str]) -> tuple[list[dict[str, Any]],
     if "activation" not in candidate:
         raise ValueError("network: it has no activation: give one, such as 'relu'")
     for i, layer in enumerate(candidate["layers"]):
+        if not isinstance(layer, Mapping):
+            raise TypeError(f"layers/{i}: must be a dict of {', '.join(names)}, not {layer!r:.60}")
         for name in names:
             if name not in layer:
                 raise ValueError(f"layers/{i}: it has no {name}: give {', '.join(names)}")
             if name != "skip":
                 checks.check_count(f"layers/{i}/{name}", layer[name])
+            elif plain(layer[name]) not in (0, 1):
+                raise TypeError(f"layers/{i}/skip: must be True or False, not {layer[name]!r:.60}")
     layers = [{name: plain(layer[name]) for name in names} for layer in candidate["layers"]]
     return layers, activation_of_candidate(candidate["activation"])
 

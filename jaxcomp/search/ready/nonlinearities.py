@@ -86,7 +86,7 @@ def activation(candidate: Any) -> Callable[[Any], Any]:
         candidate: a name or ``{name: {parameter: value}}``; values may be traced scalars.
 
     Returns:
-        A function of an array, element by element, in the array's type.
+        A function of an array of floats, element by element, in the array's type.
 
     Raises:
         TypeError: the candidate is neither.
@@ -98,7 +98,12 @@ def activation(candidate: Any) -> Callable[[Any], Any]:
     """
     name, values = read("activation", _KINDS, candidate)
     function = _KINDS[name].function
-    return lambda x: function(x, **{i: jnp.asarray(v, x.dtype) for i, v in values.items()})
+
+    def apply(x: Any) -> Any:
+        x = _floating(x)
+        return function(x, **{key: jnp.asarray(value, x.dtype) for key, value in values.items()})
+
+    return apply
 
 
 def activation_numbers(candidate: Any) -> Numbers:
@@ -130,7 +135,7 @@ def activation_of(numbers: Numbers) -> Callable[[Any], Any]:
         numbers: from :func:`activation_numbers`.
 
     Returns:
-        A function of an array, element by element, in the array's type.
+        A function of an array of floats, element by element, in the array's type.
 
     Example:
         >>> from jaxcomp.search.ready import stack
@@ -141,6 +146,7 @@ def activation_of(numbers: Numbers) -> Callable[[Any], Any]:
     """
 
     def apply(x: Any) -> Any:
+        x = _floating(x)
         of_kinds = by_kind(_KINDS, numbers, x.dtype)
         branches = [
             lambda x, f=kind.function, values=values: f(x, **values)
@@ -149,3 +155,10 @@ def activation_of(numbers: Numbers) -> Callable[[Any], Any]:
         return lax.switch(numbers.kind, branches, x)
 
     return apply
+
+
+def _floating(x: Any) -> Any:
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):  # in whole numbers a leak of 0.1 would be 0
+        raise TypeError(f"an activation takes floats, not {x.dtype}: convert them first")
+    return x

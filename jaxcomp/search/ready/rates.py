@@ -9,7 +9,17 @@ import numpy as np
 from jax import lax
 
 from jaxcomp import checks
-from jaxcomp.search.ready.menu import Kind, Numbers, Parameter, by_kind, numbers_of, read, space_of
+from jaxcomp.search.ready.menu import (
+    Kind,
+    Numbers,
+    Parameter,
+    by_kind,
+    check_free,
+    check_number,
+    numbers_of,
+    read,
+    space_of,
+)
 from jaxcomp.search.spaces import Continuous, Integer
 
 # Each gives the fraction of the rate that is left; `done` steps of `whole` are behind.
@@ -93,7 +103,7 @@ def schedules(
         A space, whose candidates are ``{"rate": …, "warmup": …, "decay": …}``.
 
     Raises:
-        TypeError: ``kinds`` is none of these.
+        TypeError: ``kinds`` is none of these; a constant is no number.
         ValueError: there is no such kind, or it has no such parameter.
 
     Example:
@@ -105,6 +115,8 @@ def schedules(
     Source: cosine: Loshchilov and Hutter, "SGDR", ICLR 2017, equation 5; warm-up: Goyal et al.,
     "Accurate, large minibatch SGD", 2017, section 2.2.
     """
+    check_free("schedules/rate", rate)
+    check_free("schedules/warmup", warmup)
     return {"rate": rate, "warmup": warmup, "decay": space_of("schedules/decay", _KINDS, kinds)}
 
 
@@ -119,8 +131,9 @@ def schedule(candidate: Any, steps: Any) -> Callable[[Any], Any]:
         A function of the step, from 0, that optax takes as ``learning_rate``; float32.
 
     Raises:
-        TypeError: the candidate is none, or ``steps`` is no whole number.
-        ValueError: there is no such kind or parameter; a part is missing; ``steps`` is below 1.
+        TypeError: the candidate is none, a number of it is none, or ``steps`` is no whole number.
+        ValueError: there is no such kind or parameter; a part is missing; the warm-up is no
+            fraction; ``steps`` is below 1.
 
     Example:
         >>> rate = schedule({"rate": 0.5, "warmup": 0.2, "decay": "linear"}, steps=10)
@@ -144,8 +157,9 @@ def schedule_numbers(candidate: Any) -> ScheduleNumbers:
         Rate, warm-up, and the decay with its parameters; :func:`stack` puts several side by side.
 
     Raises:
-        TypeError: the candidate is none.
-        ValueError: there is no such kind or parameter; a part is missing.
+        TypeError: the candidate is none, or a number of it is none.
+        ValueError: there is no such kind or parameter; a part is missing; the warm-up is no
+            fraction.
 
     Example:
         >>> schedule_numbers({"rate": 0.5, "warmup": 0.25, "decay": "cosine"}).decay.kind
@@ -216,7 +230,12 @@ def _opened(candidate: Any) -> tuple[Any, Any, Any]:
         if name not in candidate or name not in names:
             lacks = "is not there" if name in names else "is no part of a schedule"
             raise ValueError(f"schedule: {name!r:.60} {lacks}: give rate, warmup, decay")
-    return candidate["rate"], candidate["warmup"], candidate["decay"]
+    rate, warmup = candidate["rate"], candidate["warmup"]
+    check_number("schedule/rate", rate)
+    check_number("schedule/warmup", warmup)
+    if not hasattr(warmup, "dtype") and not 0 <= warmup <= 1:  # traced ones cannot be looked at
+        raise ValueError(f"schedule/warmup is {warmup}: a fraction of the steps is from 0 to 1")
+    return rate, warmup, candidate["decay"]
 
 
 def _check_steps(steps: Any) -> None:

@@ -43,12 +43,19 @@ def describe(space: Any) -> str:
         1,752 points
     """
     points = count(space)
-    total = "endless points" if points == math.inf else f"{points:,} points"
     rows = list(_rows("(space)", space, 0))
     if is_node(space):
         rows = [(name.removeprefix("  "), what) for name, what in rows[1:]]
     table = columns.table(rows, left=2) if rows else ""
-    return f"{table}\n{total}".lstrip("\n")
+    return f"{table}\n{_points(points)}".lstrip("\n")
+
+
+def _points(points: int | float) -> str:
+    if points == math.inf:
+        return "endless points"
+    # Python writes no whole number of over 4,300 digits, and nobody reads one of a hundred.
+    number = f"{points:,}" if points < 10**100 else f"about 10^{round(math.log10(points))}"
+    return f"{number} point{'s' * (points != 1)}"
 
 
 def _rows(name: str, space: Any, depth: int) -> list[tuple[str, str]]:

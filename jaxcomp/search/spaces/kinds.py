@@ -89,7 +89,7 @@ class Integer:
         log: whether to draw evenly in the logarithm: as often from 8 to 16 as from 64 to 128.
 
     Raises:
-        TypeError: a bound or the step is no whole number.
+        TypeError: a bound or the step is no whole number, or ``log`` no bool.
         ValueError: ``low`` is above ``high``, the step is below 1 or misses ``high``, ``low`` is
             below 1 though ``log``, or a bound is beyond 2**53.
 
@@ -105,13 +105,14 @@ class Integer:
     low: Any
     high: Any
     step: Any = 1
-    log: bool = False
+    log: Any = False
 
     def __post_init__(self) -> None:
         """Check the numbers and make them plain."""
         checks.check_count("Integer: low", self.low, -_LARGEST)
         checks.check_count("Integer: high", self.high, -_LARGEST)
         checks.check_count("Integer: step", self.step)
+        _check_log("Integer", self.log)
         low, high, step = int(self.low), int(self.high), int(self.step)
         if low > high:
             raise ValueError(f"Integer: low is {low}, above high, which is {high}: swap them")
@@ -136,7 +137,7 @@ class Continuous:
         log: whether to draw evenly in the logarithm, as for learning rates.
 
     Raises:
-        TypeError: a bound is no number.
+        TypeError: a bound is no number, or ``log`` no bool.
         ValueError: a bound is not finite, ``low`` is above ``high``, or not above 0 though ``log``.
 
     Example:
@@ -150,7 +151,7 @@ class Continuous:
 
     low: Any
     high: Any
-    log: bool = False
+    log: Any = False
 
     def __post_init__(self) -> None:
         """Check the numbers and make them plain."""
@@ -158,9 +159,10 @@ class Continuous:
             value = getattr(self, name)
             if not checks.is_number(value):
                 raise TypeError(f"Continuous: {name} must be a number, not {value!r:.60}")
-            if not math.isfinite(value):
-                raise ValueError(f"Continuous: {name} is {value}: give a finite number")
+            if not is_finite(value):
+                raise ValueError(f"Continuous: {name} is {value!s:.40}: give a finite number")
             object.__setattr__(self, name, float(value))
+        _check_log("Continuous", self.log)
         if self.low > self.high:
             raise ValueError(
                 f"Continuous: low is {self.low}, above high, which is {self.high}: swap them"
@@ -221,6 +223,19 @@ def plain(value: Any) -> Any:
     return value.item() if is_scalar else value
 
 
+def is_finite(value: Any) -> bool:
+    """Whether a number is finite as a float; whole numbers of Python's may be beyond them.
+
+    Example:
+        >>> is_finite(3), is_finite(math.nan), is_finite(10**400)
+        (True, False, False)
+    """
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 def is_constant(value: Any) -> bool:
     """Whether a leaf of a space is a plain value.
 
@@ -241,3 +256,8 @@ def same(a: Any, b: Any) -> bool:
     if not (is_constant(a) and is_constant(b)) or isinstance(a, bool) is not isinstance(b, bool):
         return False
     return a is b or a == b
+
+
+def _check_log(name: str, log: Any) -> None:
+    if not isinstance(log, (bool, np.bool_)):
+        raise TypeError(f"{name}: log must be True or False, not {log!r:.60}")

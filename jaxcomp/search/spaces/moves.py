@@ -1,5 +1,6 @@
 """Points drawn, changed and crossed."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcomp.search.spaces.kinds import Choice, Continuous, Integer, Part
+from jaxcomp import checks
+from jaxcomp.search.spaces.kinds import Choice, Integer, Part
 from jaxcomp.search.spaces.numbers import from_unit, size, to_unit
 from jaxcomp.search.spaces.points import parts, walk
 from jaxcomp.search.trials import Point
@@ -67,7 +69,9 @@ def sample(space: Any, key: Any) -> Point:
     return walk(space, lambda path, part: from_unit(part, rng.random()))[1]
 
 
-def mutate(space: Any, point: Mapping[str, Any], key: Any, *, spread: float | None = None) -> Point:
+def mutate(
+    space: Any, point: Mapping[str, Any], key: Any, *, spread: Any = None, index: Any = None
+) -> Point:
     """A point with exactly one of its active parts changed to another value.
 
     Each active part that has another value is as likely to change. Parts that become active by the
@@ -78,14 +82,17 @@ def mutate(space: Any, point: Mapping[str, Any], key: Any, *, spread: float | No
         point: to change.
         key: a JAX key, or a generator.
         spread: of the step by which numbers change, as a standard deviation on their range (of
-            the logarithm where they are drawn so), reflected at the bounds; None draws them anew.
+            the logarithm where they are drawn so), reflected at the bounds.
+        index: of :func:`polynomial`, by which numbers change instead; where neither is given, they
+            are drawn anew.
 
     Returns:
         Another point; the same one only where the space has no other.
 
     Raises:
         TypeError: the key is none, or a value is of the wrong kind.
-        ValueError: the point is not of the space; the spread is not above 0.
+        ValueError: the point is not of the space; the spread is not finite and above 0, or the
+            index not finite and at least 0; both are given.
 
     Example:
         >>> from jaxcomp.search.spaces import Choice, Integer
@@ -93,16 +100,68 @@ def mutate(space: Any, point: Mapping[str, Any], key: Any, *, spread: float | No
         >>> mutate(space, {"act": 0, "depth": 3}, jax.random.key(0))
         {'act': 1, 'depth': 3}
     """
-    if spread is not None and not spread > 0:
-        raise ValueError(f"spread is {spread}, but must be above 0; None draws anew")
+    check_spread(spread)
+    check_index(index)
+    if spread is not None and index is not None:
+        raise ValueError("spread and index are two ways to change a number: give one of them")
     rng = generator(key)
     active = parts(space, point)
     can = [path for path, part in active.items() if size(part) > 1]
     changed = can[rng.integers(len(can))] if can else None
     kept = {path: point[path] for path in active if path != changed}
     if changed is not None:
-        kept[changed] = _other(active[changed], point[changed], rng, spread)
+        kept[changed] = _other(active[changed], point[changed], rng, spread, index)
     return walk(space, lambda path, part: _kept_or_drawn(kept, path, part, rng))[1]
+
+
+def check_spread(spread: Any) -> None:
+    """Raise unless a spread is None or above 0.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is not finite and above 0.
+    """
+    if spread is not None:
+        checks.check_amount("spread", spread)
+        if not spread:
+            raise ValueError("spread is 0, which changes nothing: None draws anew")
+
+
+def check_index(index: Any) -> None:
+    """Raise unless an index is None or at least 0.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is not finite and at least 0.
+    """
+    if index is not None:
+        checks.check_amount("index", index)
+
+
+def polynomial(unit: float, draw: float, index: float) -> float:
+    """A number from 0 to 1 near another one, by a density that falls with a power of the distance.
+
+    As likely below as above, however near a bound is, so what is best there is come close to.
+
+    Args:
+        unit: from 0 to 1.
+        draw: an even random number from 0 to 1; 0 gives 0, 0.5 the number itself, 1 gives 1.
+        index: how near: far from bounds the step is 1 / (index + 2) on average.
+
+    Returns:
+        The number.
+
+    Example:
+        >>> [round(polynomial(0.25, draw, index=20.0), 3) for draw in (0.0, 0.1, 0.5, 0.9, 1.0)]
+        [0.0, 0.177, 0.25, 0.324, 1.0]
+
+    Polynomial mutation: Deb and Goyal 1996, "A combined genetic adaptive search (GeneAS) for
+    engineering design"; within bounds as in the program of Deb et al. 2002, NSGA-II.
+    """
+    below = draw < 0.5
+    tail, room = (2 * draw, unit) if below else (2 - 2 * draw, 1 - unit)
+    step = 1 - (tail + (1 - tail) * (1 - room) ** (index + 1)) ** (1 / (index + 1))
+    return max(unit - step, 0.0) if below else min(unit + step, 1.0)
 
 
 def cross(space: Any, a: Mapping[str, Any], b: Mapping[str, Any], key: Any) -> Point:
@@ -146,17 +205,21 @@ def _of_either(parents: list[Point], path: str, rng: np.random.Generator) -> int
 
 
 def _other(
-    part: Part, value: int | float, rng: np.random.Generator, spread: float | None
+    part: Part, value: int | float, rng: np.random.Generator, spread: Any, index: Any
 ) -> int | float:
     for _ in range(64):
-        drawn = from_unit(part, _unit(part, value, rng, spread))
+        drawn = from_unit(part, _unit(part, value, rng, spread, index))
         if drawn != value:
             return drawn
     # A spread that hardly ever leaves the value, or a range of a few floats: the nearest other one.
     return _neighbour(part, value, rng)
 
 
-def _unit(part: Part, value: int | float, rng: np.random.Generator, spread: float | None) -> float:
+def _unit(
+    part: Part, value: int | float, rng: np.random.Generator, spread: Any, index: Any
+) -> float:
+    if index is not None and not isinstance(part, Choice):
+        return polynomial(to_unit(part, value), rng.random(), index)
     if spread is None or isinstance(part, Choice):
         return rng.random()
     moved = (to_unit(part, value) + rng.normal(scale=spread)) % 2
@@ -164,10 +227,12 @@ def _unit(part: Part, value: int | float, rng: np.random.Generator, spread: floa
 
 
 def _neighbour(part: Part, value: int | float, rng: np.random.Generator) -> int | float:
-    if isinstance(part, Continuous):
-        return part.low if value != part.low else part.high
-    low, high, step = (0, int(size(part)) - 1, 1)
-    if isinstance(part, Integer):
-        low, high, step = part.low, part.high, part.step
-    near = [other for other in (value - step, value + step) if low <= other <= high]
+    if isinstance(part, Choice):
+        low, high, around = 0, int(size(part)) - 1, (value - 1, value + 1)
+    elif isinstance(part, Integer):
+        low, high, around = part.low, part.high, (value - part.step, value + part.step)
+    else:
+        around = (math.nextafter(value, -math.inf), math.nextafter(value, math.inf))
+        low, high = part.low, part.high
+    near = [other for other in around if low <= other <= high]
     return near[rng.integers(len(near))]

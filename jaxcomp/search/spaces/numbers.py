@@ -68,7 +68,8 @@ def from_unit(part: Part, unit: float) -> int | float:
     if isinstance(part, Integer) and part.log:
         low, high = (math.log(edge) for edge in _edges(part))
         position = round((math.exp(_between(low, high, unit)) - part.low) / part.step)
-        return nth(part, min(max(position, 0), last))
+        # Of the largest numbers logarithms are a few off: both ends are what they are told to be.
+        return nth(part, last if unit >= 1 else min(max(position, 0), last))
     return nth(part, min(int(unit * (last + 1)), last))
 
 
@@ -92,7 +93,7 @@ def to_unit(part: Part, value: int | float) -> float:
     if not part.log:
         return (value / 2 - part.low / 2) / (part.high / 2 - part.low / 2)
     low, high = _edges(part) if isinstance(part, Integer) else (part.low, part.high)
-    return math.log(value / low) / math.log(high / low)
+    return min(_log_ratio(value, low) / _log_ratio(high, low), 1.0)
 
 
 def settle(path: str, part: Part, value: Any) -> int | float:
@@ -139,8 +140,12 @@ def words(part: Integer | Continuous) -> str:
     Example:
         >>> words(Integer(1, 3)), words(Integer(8, 512, 8, log=True)), words(Continuous(0, 0.5))
         ('1 to 3', '8, 16, …, 512 (log)', '0.0 to 0.5')
+        >>> words(Integer(32, 64, step=32))
+        '32 or 64'
     """
     log = " (log)" if part.log else ""
+    if isinstance(part, Integer) and part.high - part.low == part.step > 1:
+        return f"{part.low} or {part.high}{log}"
     if isinstance(part, Integer) and part.step > 1 and part.high > part.low:
         return f"{part.low}, {part.low + part.step}, …, {part.high}{log}"
     return f"{part.low} to {part.high}{log}"
@@ -148,6 +153,12 @@ def words(part: Integer | Continuous) -> str:
 
 def _between(low: float, high: float, unit: float) -> float:
     return low * (1 - unit) + high * unit
+
+
+def _log_ratio(above: float, below: float) -> float:
+    # Of numbers next to each other only the quotient is exact; of far ones it is beyond floats.
+    quotient = above / below
+    return math.log(quotient) if quotient < math.inf else math.log(above) - math.log(below)
 
 
 def _edges(part: Integer) -> tuple[float, float]:

@@ -73,7 +73,7 @@ def _fill(space: Any, path: str, choose: Choose, point: Point) -> Any:
     return constant(space, path)
 
 
-def decode(space: Any, point: Mapping[str, Any]) -> Any:
+def decode(space: Any, point: Any) -> Any:
     """The candidate that a point stands for.
 
     Args:
@@ -84,7 +84,7 @@ def decode(space: Any, point: Mapping[str, Any]) -> Any:
         The space with values in the place of parts.
 
     Raises:
-        TypeError: a value is of the wrong kind.
+        TypeError: the point is no dict, or a value is of the wrong kind.
         ValueError: a value is none of the part's, an active part has none, or one is not active.
 
     Example:
@@ -94,14 +94,33 @@ def decode(space: Any, point: Mapping[str, Any]) -> Any:
         >>> decode(space, {"optimizer": 1})
         {'optimizer': 'adam'}
     """
+    return _read(space, point)[0]
+
+
+def settled(space: Any, point: Any) -> Point:
+    """A point with plain numbers, in the order of the space.
+
+    Raises:
+        TypeError: as :func:`decode`.
+        ValueError: likewise.
+
+    Example:
+        >>> settled(Repeat(2, Continuous(0, 1)), {"1": 1, "0": 0.5})
+        {'0': 0.5, '1': 1.0}
+    """
+    return _read(space, point)[1]
+
+
+def _read(space: Any, point: Any) -> tuple[Any, Point]:
+    _check_mapping(point)
     candidate, used = walk(space, lambda path, part: _value(point, path, part))
     if len(used) != len(point):
         spare = next(path for path in point if path not in used)
         raise ValueError(f"{named(spare)}: the point has a value for it, but it is not active")
-    return candidate
+    return candidate, used
 
 
-def parts(space: Any, point: Mapping[str, Any]) -> dict[str, Part]:
+def parts(space: Any, point: Any) -> dict[str, Part]:
     """The active parts of a point, in order, and what each may be.
 
     Args:
@@ -112,7 +131,7 @@ def parts(space: Any, point: Mapping[str, Any]) -> dict[str, Part]:
         By path, a :class:`Choice`, an :class:`Integer` or a :class:`Continuous`.
 
     Raises:
-        TypeError: a value is of the wrong kind.
+        TypeError: the point is no dict, or a value is of the wrong kind.
         ValueError: a value is none of the part's, or an active part has none.
 
     Example:
@@ -120,6 +139,7 @@ def parts(space: Any, point: Mapping[str, Any]) -> dict[str, Part]:
         >>> list(parts(space, {"#count": 2, "0": 1, "1": 0}))
         ['#count', '0', '1']
     """
+    _check_mapping(point)
     active: dict[str, Part] = {}
     walk(space, lambda path, part: _value(point, path, active.setdefault(path, part)))
     return active
@@ -185,7 +205,7 @@ def _fit_choice(space: Choice, value: Any, path: str, point: Point) -> None:
     for index, (name, option) in enumerate(options):
         if space.is_named:
             if option is None:
-                if value == name and isinstance(value, str):
+                if isinstance(value, str) and value == name:
                     point[path] = index
                     return
                 continue
@@ -354,6 +374,11 @@ def _value(point: Mapping[str, Any], path: str, part: Part) -> Any:
     if path not in point:
         raise ValueError(f"{named(path)}: active, but the point has no value for it")
     return point[path]
+
+
+def _check_mapping(point: Any) -> None:
+    if not isinstance(point, Mapping):
+        raise TypeError(f"a point must be a dict of values by path, not {point!r:.60}")
 
 
 def _clash(path: str) -> ValueError:

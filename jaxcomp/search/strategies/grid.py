@@ -11,6 +11,7 @@ from jaxcomp.search.trials import Point, Strategy, Trial
 class _State(NamedTuple):
     space: Any
     coming: Point | None
+    asked: int  # the number of the trial that it will be
 
 
 def grid(levels: Any = None) -> Strategy:
@@ -48,7 +49,7 @@ def grid(levels: Any = None) -> Strategy:
                     f"{path or 'the space'}: a grid needs to know how many values of a continuous "
                     "part to try: grid(levels=5)"
                 )
-        return _State(space, first(space, levels))
+        return _State(space, first(space, levels), 0)
 
     def ask(state: _State, count: int) -> tuple[list[Point], _State]:
         points: list[Point] = []
@@ -56,11 +57,12 @@ def grid(levels: Any = None) -> Strategy:
         while coming is not None and len(points) < count:
             points.append(coming)
             coming = following(state.space, coming, levels)
-        return points, state._replace(coming=coming)
+        return points, state._replace(coming=coming, asked=state.asked + len(points))
 
     def tell(state: _State, trials: list[Trial]) -> _State:
-        if not trials:
+        if not trials or trials[-1].number < state.asked:  # what comes after it was asked already
             return state
-        return state._replace(coming=following(state.space, trials[-1].point, levels))
+        coming = following(state.space, trials[-1].point, levels)
+        return state._replace(coming=coming, asked=trials[-1].number + 1)
 
     return Strategy(init, ask, tell, f"grid(levels={levels})")

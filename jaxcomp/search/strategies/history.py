@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcomp import checks
-from jaxcomp.search.spaces import count, every_part, frozen, generator, sample, size
+from jaxcomp.search.spaces import count, every_part, frozen, generator, sample
 from jaxcomp.search.strategies.listing import first, following
 from jaxcomp.search.trials import Point, Trial
 
@@ -128,7 +128,12 @@ def unseen(history: History, draw: Callable[[np.random.Generator], Point]) -> Po
             return point
         point = draw(rng)
     point = sample(history.space, rng)
-    if any(size(part) == np.inf for part in every_part(history.space).values()):
+    if history.points == np.inf:
+        # What is endless may be inside an option that is seldom drawn.
+        for _ in range(32 * _TRIES):
+            if frozen(point) not in history.seen:
+                break
+            point = sample(history.space, rng)
         return point
     # Nearly all points are seen: step on from a drawn one to the next that is not.
     while frozen(point) in history.seen:

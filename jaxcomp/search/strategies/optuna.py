@@ -75,7 +75,7 @@ def optuna(
     optimization framework"; the estimator: Bergstra, Bardenet, Bengio and Kégl 2011, "Algorithms
     for hyper-parameter optimization", section 4.
     """
-    library = _library()
+    library = optuna_library("strategies.optuna")
     make = (lambda seed: library.samplers.TPESampler(seed=seed)) if sampler is None else sampler
     kind = _check_sampler(library, make)
     if storage is None and study_name is not None:
@@ -163,7 +163,7 @@ def optuna_trials(space: Any, storage: Any, study_name: str) -> list[Trial]:
         KeyError: there is no such study.
         ValueError: a trial is not of the space.
     """
-    library = _library()
+    library = optuna_library("strategies.optuna")
     study = library.load_study(study_name=study_name, storage=storage)
     states = library.trial.TrialState
     status: dict[Any, Any] = {
@@ -192,13 +192,12 @@ def optuna_trials(space: Any, storage: Any, study_name: str) -> list[Trial]:
     return found
 
 
-def _library() -> Any:
+def optuna_library(who: str) -> Any:
+    """Optuna, which is imported only where it is wanted."""
     try:
         import optuna as library
     except ImportError as error:
-        raise ImportError(
-            "strategies.optuna needs Optuna: pip install 'jaxcomp[search]'"
-        ) from error
+        raise ImportError(f"{who} needs Optuna: pip install 'jaxcomp[search]'") from error
     return library
 
 
@@ -213,7 +212,7 @@ def _check_sampler(library: Any, make: Any) -> str:
 
 
 @contextmanager
-def _quiet(library: Any) -> Iterator[None]:
+def quiet(library: Any) -> Iterator[None]:
     """Without the line that Optuna logs for each study it begins."""
     before = library.logging.get_verbosity()
     library.logging.set_verbosity(library.logging.WARNING)
@@ -224,7 +223,7 @@ def _quiet(library: Any) -> Iterator[None]:
 
 
 def _study(library: Any, directions: tuple[Direction, ...], storage: Any, name: Any) -> Any:
-    with _quiet(library):
+    with quiet(library):
         study = library.create_study(
             directions=list(directions), storage=storage, study_name=name, load_if_exists=True
         )

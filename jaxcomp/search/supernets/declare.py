@@ -73,7 +73,11 @@ def _no_group(pattern: str, coupling: Coupling, free: Mapping[str, Any]) -> str:
     fixed = [g for g in coupling.groups if g.fixed and _names(pattern, g, leaves)]
     if fixed:
         reasons = "; ".join(f"{group.name} {group.fixed}" for group in fixed)
-        return f"width: pattern '{pattern}' names only channels that cannot be cut: {reasons}"
+        others = f"name some of {', '.join(list(free)[:4])}" if free else "give depth= or kernel="
+        return (
+            f"width: pattern '{pattern}' names only channels that cannot be cut: {reasons}: "
+            f"{others} instead"
+        )
     near = tree_lib.nearest(pattern, free) if free else "none can be cut"
     return f"width: pattern '{pattern}' names no group of channels; {near}"
 

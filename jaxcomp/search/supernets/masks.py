@@ -98,7 +98,7 @@ def apply(params: Any, masks: Sequence[Mask], candidate: Any) -> Any:
         there = live[0]
         for each in live[1:]:
             there = there & each
-        return jnp.where(there, leaf, jnp.zeros((), leaf.dtype))
+        return jnp.where(there, leaf, jnp.zeros((), jnp.result_type(leaf)))
 
     return _each(params, masks, zeroed)
 
@@ -128,7 +128,7 @@ def mix(params: Any, masks: Sequence[Mask], weights: Any) -> Any:
             return leaf
         for mask in own:
             table = np.stack([mask.least <= option for option in mask.part.options])
-            share = mask.part.of(weights)
+            share = jnp.asarray(mask.part.of(weights))
             leaf = leaf * jnp.tensordot(share, table.astype(share.dtype), 1).astype(leaf.dtype)
         return leaf
 

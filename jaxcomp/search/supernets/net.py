@@ -1,7 +1,7 @@
 """Any model as a supernet: its sub-networks as masks, what they cost, and how one is taken out."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,17 +12,26 @@ import numpy as np
 
 from jaxcomp import checks
 from jaxcomp import tree as tree_lib
-from jaxcomp.arrays import is_compressed
 from jaxcomp.model.couple import analyse
 from jaxcomp.model.dims import find
 from jaxcomp.model.program import read
 from jaxcomp.model.removed import Size, kept_positions, size_of
-from jaxcomp.search.spaces import Choice, encode
+from jaxcomp.search.spaces import Choice
 from jaxcomp.search.supernets import declare, masks, sizes
+from jaxcomp.search.supernets.checks import (
+    check_also,
+    check_candidate,
+    check_dense,
+    check_known,
+    check_paths,
+    check_shapes,
+    check_weights,
+)
 from jaxcomp.search.supernets.edit import cropped, inlined, kernel_axes
 from jaxcomp.search.supernets.masks import Mask, Part, by_kind
+from jaxcomp.search.supernets.removal import Removal, smaller
 from jaxcomp.search.supernets.sizes import Costing
-from jaxcomp.search.supernets.subnetwork import Removal, Subnetwork, on_smaller, smaller
+from jaxcomp.search.supernets.subnetwork import Subnetwork, on_smaller
 
 Candidate = dict[str, dict[str, Any]]
 
@@ -71,9 +80,10 @@ class Supernet:
             The same tree. Only what is there has a gradient.
 
         Raises:
-            ValueError: the candidate does not fit the space.
+            ValueError: the candidate does not fit the space, or a leaf is of another shape.
         """
         check_candidate(self, candidate)
+        check_shapes(self, params)
         return masks.apply(params, self.masks, candidate)
 
     def mixed(self, params: Any, weights: Any) -> Any:
@@ -87,7 +97,12 @@ class Supernet:
         Returns:
             The same tree; differentiable in both. Each leaf of a width is scaled by itself, so that
             between two options a channel is weakened where it is made and where it is read.
+
+        Raises:
+            ValueError: weights are not one for each option, or a leaf is of another shape.
         """
+        check_weights(self, weights)
+        check_shapes(self, params)
         return masks.mix(params, self.masks, weights)
 
     def random(self, key: Any) -> Any:
@@ -109,7 +124,10 @@ class Supernet:
         return by_kind(self.parts, values)
 
     def cost(self, candidate: Any) -> Size:
-        """What the extracted sub-network is and costs, read from the traced model; exact.
+        """What the extracted sub-network is and costs, read from the traced model.
+
+        Exact, but for a FLOP here and there between constants, which are folded otherwise where the
+        extracted network is traced itself.
 
         Args:
             candidate: of ``space``, plain numbers.
@@ -129,8 +147,10 @@ class Supernet:
             As :meth:`cost`, differentiable scalars.
 
         Raises:
-            ValueError: an operation depends on too many parts at once to take the mean over.
+            ValueError: weights are not one for each option; an operation depends on too many parts
+                at once to take the mean over.
         """
+        check_weights(self, weights)
         return sizes.expected(self._tables, weights)
 
     def extract(self, params: Any, candidate: Any) -> Subnetwork:
@@ -148,9 +168,12 @@ class Supernet:
 
         Raises:
             TypeError: a number is traced, or a leaf compressed.
-            ValueError: the candidate does not fit the space.
+            ValueError: the candidate does not fit the space, or the parameters are not those of
+                the largest model.
         """
         check_dense(params)
+        check_paths(self, params)
+        check_shapes(self, params)
         values = self._values(candidate)
         removal = self._removal(values)
         before = tree_lib.flatten(self.full_params)
@@ -200,7 +223,6 @@ class Supernet:
                     f"{part.kind}/{part.name}: a traced number has no value yet: give plain ones"
                 )
             values[part] = type(part.options[0])(value)
-        encode(self.space, by_kind(self.parts, values))
         return values
 
     @functools.cached_property
@@ -216,50 +238,6 @@ class Supernet:
         return "\n".join(lines)
 
 
-def check_candidate(net: Supernet, candidate: Any) -> None:
-    """Raise unless a candidate has a value for each part, and no others.
-
-    Args:
-        net: the supernet.
-        candidate: plain numbers, which must be options too, or arrays.
-
-    Raises:
-        TypeError: a value is of the wrong kind.
-        ValueError: it does not fit the space.
-    """
-    leaves = jax.tree.leaves(candidate)
-    if all(isinstance(leaf, (bool, int, float, str)) for leaf in leaves):
-        encode(net.space, candidate)
-        return
-    if jax.tree.structure(candidate) != jax.tree.structure(net.largest):
-        given, wanted = tree_lib.flatten(candidate), tree_lib.flatten(net.largest)
-        differs = ", ".join(sorted(set(given) ^ set(wanted))) or "its kinds of nodes"
-        raise ValueError(f"candidate: not of the supernet's space, which differs in {differs}")
-    for path, leaf in tree_lib.flatten(candidate).items():
-        if jnp.shape(leaf) != ():
-            raise ValueError(
-                f"{path}: shape {jnp.shape(leaf)}: a candidate has one number a part: map over "
-                "several with jax.vmap"
-            )
-
-
-def check_dense(params: Any) -> None:
-    """Raise if a leaf is compressed.
-
-    Args:
-        params: any tree.
-
-    Raises:
-        TypeError: one is.
-    """
-    for path, leaf in tree_lib.flatten(params).items():
-        if is_compressed(leaf):
-            raise TypeError(
-                f"{path}: {type(leaf).__name__} is compressed already: pass "
-                "jaxcomp.decode(params), and compress what was extracted"
-            )
-
-
 def supernet(
     apply_fn: Callable[..., Any],
     params: Any,
@@ -269,7 +247,7 @@ def supernet(
     depth: Any = None,
     connections: Any = None,
     order: str = "first",
-    also: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]] = (),
+    also: Any = (),
 ) -> Supernet:
     """Make a supernet of a model as it is: its sub-networks are masks over its parameters.
 
@@ -284,8 +262,10 @@ def supernet(
             unless ``order`` looks at them, ``jax.ShapeDtypeStruct``.
         *inputs: an example batch; only shapes and dtypes matter. Costs are those at this size.
         width: by pattern of slices of a group (``"params/Conv_0/kernel[3]"``) or of leaves that
-            make its channels (``"*Conv*"``), how many of them may stay: counts, or fractions of
-            all, rounded up. Each group chooses by itself; the first pattern that names it counts.
+            make its channels (``"*Conv*"``), how many units of it may stay: counts, or fractions of
+            all, rounded up. A unit is what goes as one: a channel, a head, or one channel of each
+            group of a group norm. Each group of channels chooses by itself; the first pattern that
+            names it counts.
         kernel: by pattern of leaves, heights and widths of the kernel's centre that may stay; an
             axis that is shorter stays as it is.
         depth: by name of a stage, its branches in order, of which the first so many stay; a branch
@@ -333,6 +313,9 @@ def supernet(
     check_dense(params)
     if order not in ("first", "l1"):
         raise ValueError(f"order must be 'first' or 'l1', not {order!r}")
+    if order == "l1":
+        check_known(params)
+    check_also(also)
     program = inlined(read(apply_fn, params, *inputs))
     others = [inlined(read(function, params, *given)) for function, given in also]
     coupling = analyse(program, others)

@@ -82,7 +82,7 @@ def gone_leaves(costing: Costing, edited: Edited, zeros: Sequence[str]) -> tuple
 
 
 def size_of(costing: Costing, values: Mapping[Part, int]) -> Size:
-    """What a candidate is and costs; exact, and nothing is traced.
+    """What a candidate is and costs; nothing is traced.
 
     Args:
         costing: of the supernet.

@@ -1,39 +1,21 @@
 """A sub-network that stands alone: its arrays cut out, and the function that runs on them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
 from jaxcomp import tree as tree_lib
 from jaxcomp.arrays import decode
 from jaxcomp.model import tapped
-from jaxcomp.model.placement import take
 from jaxcomp.model.program import Block, Program, read
 from jaxcomp.model.reach import reached
-from jaxcomp.model.removed import Kept, Size
+from jaxcomp.model.removed import Size
 from jaxcomp.model.rewrite import rewrite
 from jaxcomp.model.uses import live_ops
 from jaxcomp.search.supernets.edit import edit, inlined
-
-
-class Removal(NamedTuple):
-    """What a sub-network has not.
-
-    Attributes:
-        channels: by path, for each axis the positions of the channels that stay; None for all.
-        kept: the same with those of kernels' centres.
-        sizes: by path of the kernels that are cut, their new height and width.
-        zeros: paths of the leaves that branches without them name.
-        gone: paths of all leaves that went with those branches, these included.
-    """
-
-    channels: Kept
-    kept: Kept
-    sizes: dict[str, int]
-    zeros: tuple[str, ...]
-    gone: tuple[str, ...]
+from jaxcomp.search.supernets.removal import Removal, cut, shrunk
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +54,22 @@ class Subnetwork:
         """
         return on_smaller(function, self.full_params, self.removal)
 
+    def shrink(self, tree: Any) -> Any:
+        """Cut a tree that mirrors the parameters as they were cut, to go on training.
+
+        Args:
+            tree: an optimizer state, gradients, an average of the weights, or a tree of such, as
+                :func:`shrunk` takes it.
+
+        Returns:
+            The tree with smaller arrays, and None where a leaf is gone: for an optimizer state, in
+            the structure of ``tx.init(small.params)``.
+
+        Raises:
+            ValueError: it is not known how an array is to be cut.
+        """
+        return shrunk(tree, self.full_params, self.removal)
+
     def __str__(self) -> str:
         lines = [f"{path} {a} → {b}" for path, (a, b) in self.shapes.items()]
         lines += [f"{path} gone" for path in self.removal.gone]
@@ -79,35 +77,6 @@ class Subnetwork:
         for name, a, b in zip(Size._fields, self.before, self.after, strict=True):
             lines.append(f"{names.get(name, name)}: {a:,} → {b:,} ({b / a if a else 1:.1%})")
         return "\n".join(lines)
-
-
-def smaller(params: Any, removal: Removal) -> Any:
-    """Cut a tree of parameters.
-
-    Args:
-        params: the largest model's; arrays or ``jax.ShapeDtypeStruct``.
-        removal: what goes.
-
-    Returns:
-        The tree with smaller leaves, and None for those that are gone.
-
-    Example:
-        >>> import numpy as np
-        >>> kept = {"kernel": (None, np.array([0, 2])), "bias": (None,)}
-        >>> removal = Removal(kept, kept, {}, ("bias",), ("bias",))
-        >>> smaller({"kernel": np.eye(3), "bias": np.zeros(3)}, removal)["kernel"].shape
-        (3, 2)
-    """
-    return _cut(params, removal.kept, removal.gone)
-
-
-def _cut(params: Any, kept: Mapping[str, Any], gone: tuple[str, ...]) -> Any:
-    leaves = tree_lib.flatten(params, is_leaf=lambda _: False)
-    news = [
-        None if path in gone else take(leaf, kept[path]) if path in kept else leaf
-        for path, leaf in leaves.items()
-    ]
-    return jax.tree.unflatten(jax.tree.structure(params), news)
 
 
 def on_smaller(function: Callable[..., Any], full: Any, removal: Removal) -> Callable[..., Any]:
@@ -130,7 +99,7 @@ def on_smaller(function: Callable[..., Any], full: Any, removal: Removal) -> Cal
         )
         for path, positions in removal.kept.items()
     }
-    between = _cut(full, centres, removal.gone)
+    between = cut(full, centres, removal.gone)
     channels = {p: axes for p, axes in removal.channels.items() if p not in removal.gone}
 
     def edited(params: Any, *inputs: Any) -> Any:

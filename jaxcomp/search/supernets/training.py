@@ -1,6 +1,6 @@
 """Train all sub-networks at once: the sandwich rule and in-place distillation."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +8,9 @@ import jax.numpy as jnp
 
 from jaxcomp import checks
 from jaxcomp import tree as tree_lib
-from jaxcomp.search.supernets.net import Supernet, check_candidate
+from jaxcomp.model.batches import checked
+from jaxcomp.search.supernets.checks import check_candidate
+from jaxcomp.search.supernets.net import Supernet
 
 
 class Sandwich(NamedTuple):
@@ -36,7 +38,7 @@ def soft_cross_entropy(logits: Any, teacher_logits: Any) -> Any:
         teacher_logits: the same of the teacher, who does not learn from it.
 
     Returns:
-        A scalar.
+        A scalar, float32 at least.
 
     Example:
         >>> import numpy as np
@@ -44,19 +46,26 @@ def soft_cross_entropy(logits: Any, teacher_logits: Any) -> Any:
         >>> print(f"{soft_cross_entropy(jnp.zeros((1, 2)), teacher):.4f}")
         0.6931
     """
-    soft = jax.nn.softmax(jax.lax.stop_gradient(teacher_logits))
-    return -jnp.mean(jnp.sum(soft * jax.nn.log_softmax(logits), -1))
+    teacher = jax.lax.stop_gradient(jnp.asarray(teacher_logits))
+    soft = jax.nn.softmax(_wide(teacher))
+    # Classes that are ruled out by logits of -inf have no part in it.
+    terms = jnp.where(soft > 0, soft * jax.nn.log_softmax(_wide(jnp.asarray(logits))), 0.0)
+    return -jnp.mean(jnp.sum(terms, -1))
+
+
+def _wide(logits: Any) -> Any:
+    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
 def sandwich(
-    net: Supernet,
+    net: Any,
     forward: Any,
     loss: Any,
     *,
     randoms: int = 2,
-    distance: Callable[[Any, Any], Any] | None = soft_cross_entropy,
+    distance: Any = soft_cross_entropy,
     has_aux: bool = False,
-    always: Sequence[Any] = (),
+    always: Any = (),
 ) -> Callable[..., tuple[Any, Sandwich]]:
     """A loss that trains all sub-networks of a supernet.
 
@@ -79,7 +88,8 @@ def sandwich(
         function for ``jax.value_and_grad(function, has_aux=True)``.
 
     Raises:
-        TypeError: a function is none, or ``randoms`` is no whole number.
+        TypeError: ``net`` is no supernet, a function is none, or ``randoms`` is no whole number;
+            ``forward`` does not return a pair where it should.
         ValueError: ``randoms`` is negative, or a candidate does not fit the space.
 
     Example:
@@ -102,15 +112,28 @@ def sandwich(
     Yu and Huang, Universally Slimmable Networks (2019), algorithm 1; Cai, Gan, Wang, Zhang and Han,
     Once-for-All (2020), section 3.
     """
+    if not isinstance(net, Supernet):
+        raise TypeError(f"net must be of search.supernet, not {net!r:.60}")
     checks.check_function("forward", forward, "(params, batch)")
     checks.check_function("loss", loss, "(outputs, batch)")
+    if distance is not None:
+        checks.check_function("distance", distance, "(outputs, teacher_outputs)")
     checks.check_count("randoms", randoms, 0)
+    if not isinstance(always, (list, tuple)):
+        raise TypeError(f"always must be a list of candidates, not {always!r:.60}")
     for candidate in always:
         check_candidate(net, candidate)
 
     def outputs_of(params: Any, candidate: Any, batch: Any) -> Any:
         made = forward(net.masked(params, candidate), batch)
-        return made if has_aux else (made, None)
+        if not has_aux:
+            return made, None
+        # Two rows of logits would be taken apart without a word.
+        if not isinstance(made, tuple) or len(made) != 2:
+            raise TypeError(
+                f"forward must return (outputs, aux) with has_aux=True, not {type(made).__name__}"
+            )
+        return made
 
     def function(params: Any, key: Any, batch: Any) -> tuple[Any, Sandwich]:
         checks.check_key(key)
@@ -132,9 +155,7 @@ def _constant(tree: Any) -> Any:
     return jax.tree.map(jax.lax.stop_gradient, tree)
 
 
-def recalibrate(
-    update: Any, params: Any, batches: Iterable[Any], *, tolerance: float = 1e-3
-) -> Any:
+def recalibrate(update: Any, params: Any, batches: Any, *, tolerance: float = 1e-3) -> Any:
     """Give a sub-network running statistics of its own.
 
     Those of the supernet are of another network's activations. The statistics of each batch are
@@ -155,8 +176,8 @@ def recalibrate(
 
     Raises:
         TypeError: ``update`` is no function, or a statistic is not floating.
-        ValueError: there are no batches, a path is not in ``params``, or a statistic is no moving
-            average.
+        ValueError: there are no batches or no statistics, a path is not in ``params`` or of another
+            shape there, or a statistic is no moving average.
 
     Example:
         >>> params = {"mean": jnp.zeros(2)}
@@ -170,7 +191,7 @@ def recalibrate(
     checks.check_function("update", update, "(params, batch)")
     sums: dict[str, Any] = {}
     count, read = 0, jax.jit(lambda params, batch: _statistics(update, params, batch))
-    for batch in batches:
+    for batch in checked(batches):
         found, momenta = read(params, batch)
         if count == 0:
             _check_momenta(momenta, tolerance)
@@ -187,12 +208,19 @@ def _statistics(update: Callable[..., Any], params: Any, batch: Any) -> Any:
     """The statistics of a batch by path, and the momenta that running ones move with."""
     leaves = tree_lib.flatten(params)
     paths = tree_lib.flatten(jax.eval_shape(update, params, batch))
+    if not paths:
+        raise ValueError("update returned no statistics: return those that a training step moves")
     for path, leaf in paths.items():
         if path not in leaves:
             raise ValueError(
                 f"update returned '{path}', which is not in params; "
                 f"{tree_lib.nearest(path, leaves)}: return the statistics at their own paths, such "
                 "as {'batch_stats': ...}"
+            )
+        if leaf.shape != jnp.shape(leaves[path]):
+            raise ValueError(
+                f"{path}: update returned shape {leaf.shape}, but params have "
+                f"{jnp.shape(leaves[path])}: return the statistic itself"
             )
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(f"{path}: {leaf.dtype} is no statistic: return floating ones only")
