@@ -74,6 +74,10 @@ def cases() -> dict[str, Case]:
                 run = lambda x, w, rounding=rounding: fake_quant_matmul(x, w, rounding)
                 found[f"{name} {size}"] = Case(run, (x, w), 1)
                 found[f"{name} gradients {size}"] = Case(gradients(run), (x, w), 2)
+            # As trained in mixed precision: rounded in float32, multiplied in bfloat16.
+            wide = jax.ShapeDtypeStruct(w.shape, jnp.float32)
+            mixed = lambda x, w: fake_quant_matmul(x, w, Rounding(4), dtype=jnp.bfloat16)
+            found[f"mixed fake {size}"] = Case(mixed, (x, wide), 1)
             for name, format in FORMATS.items():
                 leaf = jax.eval_shape(lambda w, format=format: encode(w, format), w)
                 found[f"{name} {size}"] = Case(quantized_matmul, (x, leaf), 1)

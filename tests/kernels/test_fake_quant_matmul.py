@@ -112,6 +112,40 @@ def test_narrow_scales_and_clipping_in_every_form(implementation, blocks):
     np.testing.assert_allclose(np.asarray(dx, np.float64), expected, atol=0.01 * expected.max())
 
 
+@pytest.mark.parametrize("form", ["xla", "triton", "mosaic_tpu"])
+def test_what_is_rounded_in_float32_is_multiplied_in_bfloat16(form):
+    w = jnp.asarray(RNG.normal(size=(128, 128)), jnp.float32)
+    x = jnp.asarray(RNG.normal(size=(16, 128)), jnp.bfloat16)
+
+    def ours(x, w):
+        return fake_quant_matmul(x, w, Rounding(4), dtype="bfloat16", implementation=form)
+
+    def composed(x, w):
+        return x @ fake_quant(w, Format(4)).astype(jnp.bfloat16)
+
+    dy = jnp.asarray(RNG.normal(size=(16, 128)), jnp.bfloat16)
+    found, expected = (jax.vjp(run, x, w) for run in (ours, composed))
+    assert found[0].dtype == jnp.bfloat16
+    for one, other in zip((found[0], *found[1](dy)), (expected[0], *expected[1](dy)), strict=True):
+        assert one.dtype == other.dtype
+        one, other = (np.asarray(each, np.float64) for each in (one, other))
+        np.testing.assert_allclose(one, other, atol=0.01 * np.abs(other).max())
+
+
+def test_a_dense_gradient_is_not_stopped_where_a_weight_is_clipped():
+    w, x = weight(), jnp.asarray(RNG.normal(size=(3, 8)), jnp.float32)
+    for dense in (False, True):
+        run = lambda w, dense=dense: fake_quant_matmul(
+            x, w, Rounding(4), scale=jnp.full((6,), 0.1), dense_gradient=dense
+        )
+        gradient = np.asarray(jax.grad(lambda w, run=run: run(w).sum())(w))
+        clipped = np.abs(np.asarray(w)) > 0.76
+        assert clipped.any()
+        assert (gradient[clipped] != 0).all() == dense
+        expected = np.broadcast_to(np.asarray(x).sum(0)[:, None], (8, 6))
+        np.testing.assert_allclose(gradient[~clipped], expected[~clipped], rtol=1e-5)
+
+
 def test_nothing_rounded_is_kept_but_codes_and_bits():
     w, x = weight(shape=(64, 32)), jnp.ones((16, 64))
     scale, small = jnp.ones((1, 32)), jnp.asarray(0.1)
@@ -221,6 +255,11 @@ WRONG = {
 def test_what_does_not_fit_is_an_error(message):
     with pytest.raises(ValueError, match=message):
         fake_quant_matmul(jnp.ones((2, 8)), jnp.ones((8, 6)), **WRONG[message])
+
+
+def test_a_product_of_integers_is_an_error():
+    with pytest.raises(TypeError, match="dtype must be floating"):
+        fake_quant_matmul(jnp.ones((2, 8)), jnp.ones((8, 6)), Rounding(4), dtype="int8")
 
 
 def test_shared_by_what_kernels_do_not_take():

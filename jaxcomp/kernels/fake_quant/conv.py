@@ -18,7 +18,14 @@ from jaxcomp.kernels.convolution import (
     convolve_to_weight,
 )
 from jaxcomp.kernels.fake_quant.matmul import fake_quant_matmul
-from jaxcomp.kernels.fake_quant.operand import coded, operand, scaled, straight_through, values
+from jaxcomp.kernels.fake_quant.operand import (
+    coded,
+    operand,
+    product_dtype,
+    scaled,
+    straight_through,
+    values,
+)
 from jaxcomp.kernels.fake_quant.rounding import Rounding, find_codes, find_scale, values_of
 from jaxcomp.kernels.placed import explicit
 
@@ -40,6 +47,8 @@ def fake_quant_conv(
     input_scale: Shaped[Array, "..."] | None = None,
     input_zero_point: UInt8[Array, "..."] | None = None,
     keep: str = "weight",
+    dtype: Any = None,
+    dense_gradient: bool = False,
     implementation: Any = None,
 ) -> Float[Array, "..."]:
     """``lax.conv_general_dilated(x, w, …)`` with ``w``, and ``x`` if wanted, rounded.
@@ -64,13 +73,16 @@ def fake_quant_conv(
         input_scale: likewise.
         input_zero_point: likewise.
         keep: likewise.
+        dtype: likewise.
+        dense_gradient: likewise.
         implementation: ``"xla"``, a form of :func:`fake_quant_matmul` where it is one, or None for
             the best; static.
 
     Returns:
-        Outputs, in the dtype that ``x`` and ``w`` promote to.
+        Outputs, in ``dtype``.
 
     Raises:
+        TypeError: ``dtype`` is not floating.
         ValueError: shapes or arguments that do not fit, or a form that there is not.
 
     Example:
@@ -98,6 +110,8 @@ def fake_quant_conv(
             input_scale=input_scale,
             input_zero_point=input_zero_point,
             keep=keep,
+            dtype=dtype,
+            dense_gradient=dense_gradient,
             implementation=implementation,
         )
     if implementation not in (None, "xla"):
@@ -105,7 +119,11 @@ def fake_quant_conv(
             f"fake_quant_conv has no form {implementation!r} but of kernels of one position, steps "
             "of 1, no padding, no groups and channels last: take None or 'xla'"
         )
-    return _conv_jit((how, of_x, of_w), x, w, input_scale, input_zero_point, scale, zero_point)
+    of_w = of_w._replace(clips=of_w.clips and not dense_gradient)
+    dtype = product_dtype(x, w, dtype)
+    return _conv_jit(
+        (how, of_x, of_w, dtype), x, w, input_scale, input_zero_point, scale, zero_point
+    )
 
 
 def fake_quant_conv_reference(
@@ -139,16 +157,16 @@ def _conv(static: Any, x: jax.Array, w: jax.Array, *scales: Any) -> Any:
 
 
 def _conv_forward(static: Any, x: Any, w: Any, *scales: Any) -> Any:
-    how, of_x, of_w = static
+    how, of_x, of_w, dtype = static
     left, right = scaled(of_x, x, *scales[:2]), scaled(of_w, w, *scales[2:])
     run = explicit(partial(convolve, how), axes_of(how, "forward"))
-    y = run(values(of_x, left, x.dtype), values(of_w, right, w.dtype))
+    y = run(values(of_x, left, x.dtype).astype(dtype), values(of_w, right, w.dtype).astype(dtype))
     # The dtypes, as arrays of nothing.
     return y, (coded(of_x, left), coded(of_w, right), jnp.zeros(0, x.dtype), jnp.zeros(0, w.dtype))
 
 
 def _conv_backward(static: Any, kept: Any, dy: jax.Array) -> Any:
-    how, of_x, of_w = static
+    how, of_x, of_w, _ = static
     # Or the compiler would find the values made before, and hold them until now.
     (left, right, x_type, w_type), dy = lax.optimization_barrier((kept, dy))
     x, w = values(of_x, left, x_type.dtype), values(of_w, right, w_type.dtype)

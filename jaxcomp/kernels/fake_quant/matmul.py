@@ -15,6 +15,7 @@ from jaxcomp.kernels.fake_quant.operand import (
     Operand,
     coded,
     operand,
+    product_dtype,
     scaled,
     straight_through,
     values,
@@ -37,6 +38,8 @@ def fake_quant_matmul(
     input_scale: Shaped[Array, "..."] | None = None,
     input_zero_point: UInt8[Array, "..."] | None = None,
     keep: str = "weight",
+    dtype: Any = None,
+    dense_gradient: bool = False,
     implementation: Any = None,
 ) -> Float[Array, "..."]:
     """``x @ w`` with ``w``, and ``x`` if wanted, rounded to evenly spaced levels.
@@ -60,14 +63,18 @@ def fake_quant_matmul(
         keep: ``"weight"``: ``w`` is kept and rounded once more for the gradients, which costs no
             memory where it is a parameter; ``"codes"``: a byte a weight, and a bit where ``scale``
             is given, instead of ``w``, for one that is made in passing (cast, normalized); static.
+        dtype: that ``x`` and the rounded weight are cast to before they are multiplied, such as
+            bfloat16; None: what they promote to; static.
+        dense_gradient: give ``w`` its gradient where it is clipped, too; static.
         implementation: ``"xla"``, ``"triton"``, ``"mosaic_tpu"``, or None for the best on the
             platform; static. The gradient of ``w`` is XLA's in all.
 
     Returns:
-        ``(*rows, outputs)``, summed in float32 (float64 for float64), in the dtype that ``x`` and
-        ``w`` promote to. What is multiplied are the numbers of :func:`jaxcomp.quantize.fake_quant`.
+        ``(*rows, outputs)``, summed in float32 (float64 for float64), in ``dtype``. What is
+        multiplied are the numbers of :func:`jaxcomp.quantize.fake_quant`.
 
     Raises:
+        TypeError: ``dtype`` is not floating.
         ValueError: shapes that do not fit, a rounding that does not exist, or an implementation
             that does not take them.
 
@@ -82,8 +89,10 @@ def fake_quant_matmul(
         raise ValueError(f"keep must be 'weight' or 'codes', not {keep!r}")
     of_x = operand("x", x, inputs, input_scale, input_zero_point, codes=True)
     of_w = operand("w", w, rounding, scale, zero_point, codes=keep == "codes")
+    of_w = of_w._replace(clips=of_w.clips and not dense_gradient)
     scales = (input_scale, input_zero_point, scale, zero_point)
-    return _product_jit((of_x, of_w, implementation), x, w, *scales)
+    dtype = product_dtype(x, w, dtype)
+    return _product_jit((of_x, of_w, dtype, implementation), x, w, *scales)
 
 
 def fake_quant_matmul_reference(
@@ -108,9 +117,9 @@ def _product(static: Any, x: jax.Array, w: jax.Array, *scales: Any) -> Any:
 
 
 def _product_forward(static: Any, x: Any, w: Any, *scales: Any) -> Any:
-    of_x, of_w, implementation = static
+    of_x, of_w, dtype, implementation = static
     left, right = scaled(of_x, x, *scales[:2]), scaled(of_w, w, *scales[2:])
-    rows = values(of_x, left, x.dtype).reshape(-1, x.shape[-1])
+    rows = values(of_x, left, x.dtype).reshape(-1, x.shape[-1]).astype(dtype)
     y = _run("forward", of_w, implementation, rows, right)
     # The dtypes, as arrays of nothing.
     kept = (coded(of_x, left), coded(of_w, right), jnp.zeros(0, x.dtype), jnp.zeros(0, w.dtype))
@@ -118,13 +127,13 @@ def _product_forward(static: Any, x: Any, w: Any, *scales: Any) -> Any:
 
 
 def _product_backward(static: Any, kept: Any, dy: jax.Array) -> Any:
-    of_x, of_w, implementation = static
+    of_x, of_w, dtype, implementation = static
     # Or the compiler would find the values made before, and hold them until now.
     (left, right, of_type, w_type), dy = lax.optimization_barrier((kept, dy))
     rows = dy.reshape(-1, dy.shape[-1])
     dx = _run("to_input", of_w, implementation, rows, right, w_type.dtype)
     x = values(of_x, left, of_type.dtype)
-    dw = _run_to_weight(x.reshape(-1, x.shape[-1]), rows).astype(w_type.dtype)
+    dw = _run_to_weight(x.reshape(-1, x.shape[-1]).astype(dtype), rows).astype(w_type.dtype)
     dx = dx.reshape(x.shape).astype(x.dtype)
     through = straight_through(of_x, left, dx), straight_through(of_w, right, dw)
     return *through, None, None, None, None
@@ -143,12 +152,12 @@ def _run_to_weight(x: jax.Array, dy: jax.Array) -> jax.Array:
 def _run(
     kind: str, how: Operand, implementation: Any, x: jax.Array, w: Kept, dtype: Any = None
 ) -> jax.Array:
-    """``x @ w`` or ``x @ w.T`` with a weight, or codes of one, which is rounded on the way."""
+    """``x @ w`` or ``x @ w.T`` with a weight, or codes of one, rounded on the way; as ``x`` is."""
     arrays = tuple(each for each in (x, *w[:3]) if each is not None)
     axes, rounding = _axes(kind, how, w), how.rounding or Rounding()
 
     def xla(x: jax.Array, *weight: jax.Array) -> jax.Array:
-        matrix = values(how, Kept(*weight), dtype or weight[0].dtype)
+        matrix = values(how, Kept(*weight), dtype or weight[0].dtype).astype(x.dtype)
         return _dot(x, matrix if kind == "forward" else matrix.T)
 
     def run(*arrays: jax.Array) -> jax.Array:

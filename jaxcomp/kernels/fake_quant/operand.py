@@ -77,6 +77,22 @@ def operand(
     return Operand(rounding, scale is not None, codes)
 
 
+def product_dtype(x: jax.Array, w: jax.Array, dtype: Any) -> Any:
+    """What two operands are multiplied in; None: what they promote to.
+
+    Raises:
+        TypeError: it has no fractions.
+
+    Example:
+        >>> product_dtype(jnp.ones(2, jnp.bfloat16), jnp.ones(2), "bfloat16")
+        dtype(bfloat16)
+    """
+    dtype = jnp.dtype(jnp.result_type(x, w) if dtype is None else dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dtype must be floating, such as bfloat16, not {dtype}")
+    return dtype
+
+
 def scaled(how: Operand, x: jax.Array, scale: Any, zero_point: Any) -> Kept:
     """An operand with its scale, which is found where it is not given.
 

@@ -119,9 +119,7 @@ def _summed(
     scale_spec = pl.BlockSpec((groups, 1, columns), of_group)
     return pl.pallas_call(
         partial(_kernel, transposed, rounding, clipped),
-        jax.ShapeDtypeStruct(
-            (x.shape[0], w.shape[0] if transposed else w.shape[1]), jnp.result_type(x, w)
-        ),
+        jax.ShapeDtypeStruct((x.shape[0], w.shape[0] if transposed else w.shape[1]), x.dtype),
         grid=(x.shape[0] // tile[0], *steps),
         in_specs=[*specs, *[scale_spec] * len(grouped)],
         out_specs=pl.BlockSpec(tile, lambda i, j, k: (i, j)),
@@ -141,7 +139,7 @@ def _kernel(
     def _() -> None:
         total[...] = jnp.zeros(total.shape, total.dtype)
 
-    matrix = _rounded(w, [each[...] for each in scales], rounding, clipped)
+    matrix = _rounded(w, [each[...] for each in scales], rounding, clipped).astype(x.dtype)
     total[...] += dot(x[...], matrix.T if transposed else matrix)
 
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)

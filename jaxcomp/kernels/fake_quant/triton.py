@@ -32,7 +32,10 @@ _LEAST = 64
 
 
 def forward(rounding: Rounding) -> Kernel:
-    """``x @ w`` of ``x (rows, in)``, ``w (in, out)``, its scales and, if affine, zero points."""
+    """``x @ w`` of ``x (rows, in)``, ``w (in, out)``, its scales and, if affine, zero points.
+
+    The rounded weight is cast to the dtype of ``x``, which is the result's.
+    """
 
     def run(
         x: Any, w: Any, *scales: Any, rows: int, columns: int, step: int, warps: int,
@@ -41,7 +44,6 @@ def forward(rounding: Rounding) -> Kernel:
         tile, count = row_tile(rows, x.shape[0]), x.shape[0]
         x, columns = pad_rows(x, tile), largest_divisor(columns, w.shape[1])
         group = group_size(rounding, w)
-        dtype = jnp.result_type(x, w)
         grouped, clipped = group_scales(rounding, w, *scales)
         of_scale = pl.BlockSpec((grouped[0].shape[0], columns), lambda i, j: (0, j))
         made = pl.pallas_call(
@@ -52,7 +54,7 @@ def forward(rounding: Rounding) -> Kernel:
                 step=min(group, largest_divisor(step, w.shape[0])),
                 clipped=clipped,
             ),
-            jax.ShapeDtypeStruct((x.shape[0], w.shape[1]), dtype),
+            jax.ShapeDtypeStruct((x.shape[0], w.shape[1]), x.dtype),
             grid=(x.shape[0] // tile, w.shape[1] // columns),
             in_specs=[
                 pl.BlockSpec((tile, x.shape[1]), lambda i, j: (i, 0)),
@@ -79,7 +81,6 @@ def to_input(rounding: Rounding) -> Kernel:
         tile, count = row_tile(rows, dy.shape[0]), dy.shape[0]
         dy, group = pad_rows(dy, tile), group_size(rounding, w)
         part = min(group, largest_divisor(columns, w.shape[0]))
-        dtype = jnp.result_type(dy, w)
         grouped, clipped = group_scales(rounding, w, *scales)
         of_scale = pl.BlockSpec((1, w.shape[1]), lambda i, p: (lax.div(p * part, group), 0))
         made = pl.pallas_call(
@@ -89,7 +90,7 @@ def to_input(rounding: Rounding) -> Kernel:
                 step=largest_divisor(step, w.shape[1]),
                 clipped=clipped,
             ),
-            jax.ShapeDtypeStruct((dy.shape[0], w.shape[0]), dtype),
+            jax.ShapeDtypeStruct((dy.shape[0], w.shape[0]), dy.dtype),
             grid=(dy.shape[0] // tile, w.shape[0] // part),
             in_specs=[
                 pl.BlockSpec((tile, dy.shape[1]), lambda i, p: (i, 0)),
@@ -144,7 +145,8 @@ def _forward(
     def of_inputs(k: Any, total: jax.Array) -> jax.Array:
         rows = pl.ds(k * step, step)
         here = [each[pl.ds(lax.div(k * step, group), 1), :] for each in scales]
-        return total + dot(x[:, rows], _rounded(w[rows, :], here, rounding, clipped))
+        matrix = _rounded(w[rows, :], here, rounding, clipped).astype(x.dtype)
+        return total + dot(x[:, rows], matrix)
 
     total = lax.fori_loop(0, w.shape[0] // step, of_inputs, jnp.zeros(out.shape, jnp.float32))
     out[...] = total.astype(out.dtype)
@@ -156,7 +158,8 @@ def _to_input(dy: Any, w: Any, *rest: Any, rounding: Rounding, step: int, clippe
     def of_columns(k: Any, total: jax.Array) -> jax.Array:
         columns = pl.ds(k * step, step)
         here = [each[:, columns] for each in scales]
-        return total + dot(dy[:, columns], _rounded(w[:, columns], here, rounding, clipped).T)
+        matrix = _rounded(w[:, columns], here, rounding, clipped).astype(dy.dtype)
+        return total + dot(dy[:, columns], matrix.T)
 
     total = lax.fori_loop(0, w.shape[1] // step, of_columns, jnp.zeros(out.shape, jnp.float32))
     out[...] = total.astype(out.dtype)
