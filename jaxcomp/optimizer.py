@@ -21,6 +21,7 @@ from flax import struct
 from jaxcomp import tree as tree_lib
 from jaxcomp.arrays import is_compressed
 from jaxcomp.compression import Compression, Params, State, keep
+from jaxcomp.marks import mark
 
 
 class Trained(NamedTuple):
@@ -194,7 +195,7 @@ def pack(params: Params, opt_state: Any) -> Any:
 def _seen(stored: jax.Array, effective: jax.Array) -> jax.Array:
     """``effective`` in value, ``stored`` to differentiation."""
     del stored
-    return effective
+    return mark(effective, "straight_through")
 
 
 @_seen.defjvp

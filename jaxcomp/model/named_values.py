@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomp import tree as tree_lib
+from jaxcomp.marks import read_mark
 from jaxcomp.model import tapped
 from jaxcomp.model.program import Block, Op, Program, Value, walk, wirings
 from jaxcomp.model.reach import reached
@@ -91,7 +92,7 @@ def find_named(program: Program) -> tuple[Named, ...]:
             last = _transposed(op, readers)
             for path in _met(op, weights):
                 add(path, "parameter", last.outputs[0], last, outside)
-        if op.name == "name":
+        if op.name == "name" and read_mark(op.params["name"]) is None:
             add(op.params["name"], "checkpoint_name", op.outputs[0], op, outside)
         for index, value in enumerate(op.outputs):
             for scope in scopes.get((op, index), ()):

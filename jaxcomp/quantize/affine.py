@@ -1,5 +1,6 @@
 """Quantizing one array: codes, leaves, and the straight-through estimator."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,8 +14,10 @@ from jaxcomp.arrays.blocks import merge_blocks, split_blocks
 from jaxcomp.arrays.grid import grid_values
 from jaxcomp.arrays.quantized import dequantize
 from jaxcomp.checks import check_key
+from jaxcomp.kernels.fake_quant.rounding import Rounding
+from jaxcomp.marks import mark
 from jaxcomp.quantize.checks import check_quantizable, check_scales
-from jaxcomp.quantize.formats import AnyFormat, Format
+from jaxcomp.quantize.formats import AnyFormat, Format, PerChannel
 from jaxcomp.quantize.ranges import AbsMax
 from jaxcomp.quantize.rounding import element_codes
 from jaxcomp.quantize.scales import Scales, effective_scale, find_scales
@@ -252,9 +255,18 @@ def _fake_quant(
         scales = Scales(jax.lax.stop_gradient(scale), zero_point)
     codes, inside = find_codes(stopped, scales, format, key)
     values = from_codes(codes, scales, format, x.dtype)
+    rounding = _rounding(format, x.shape) if key is None else None
     if scale is None and _holds_all(format):
-        return _with_all(x, values)
-    return _with_inside(x, values, inside)
+        return _with_all(rounding, x, values)
+    return _with_inside(rounding, x, values, inside, scales.scale, scales.zero_point)
+
+
+def _rounding(format: AnyFormat, shape: tuple[int, ...]) -> Rounding | None:
+    """The same rounding to a kernel; None where no kernel knows it."""
+    if not isinstance(format, Format):
+        return None
+    axis = format.granularity.axis if isinstance(format.granularity, PerChannel) else None
+    return Rounding(format.bits, format.symmetric, axis, format.blocks(shape), format.zero)
 
 
 def _holds_all(format: AnyFormat) -> bool:
@@ -265,27 +277,35 @@ def _holds_all(format: AnyFormat) -> bool:
 _fake_quant_jit = jax.jit(_fake_quant, static_argnums=1)
 
 
-@jax.custom_jvp
-def _with_all(x: jax.Array, values: jax.Array) -> jax.Array:
+# A model's reader finds the mark, so that a kernel may round the array on its way into a product.
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _with_all(rounding: Rounding | None, x: jax.Array, values: jax.Array) -> jax.Array:
     """``values``, with the derivative of ``x``: nothing is kept for the backward pass."""
     del x
-    return values
+    return values if rounding is None else mark(values, "fake_quant", *rounding)
 
 
 @_with_all.defjvp
-def _with_all_jvp(primals, tangents):
+def _with_all_jvp(rounding, primals, tangents):
     # Its own function again, not only the values: second derivatives are straight through too.
-    return _with_all(*primals), tangents[0]
+    return _with_all(rounding, *primals), tangents[0]
 
 
-@jax.custom_jvp
-def _with_inside(x: jax.Array, values: jax.Array, inside: jax.Array) -> jax.Array:
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _with_inside(
+    rounding: Rounding | None,
+    x: jax.Array,
+    values: jax.Array,
+    inside: jax.Array,
+    scale: jax.Array,
+    zero_point: jax.Array | None,
+) -> jax.Array:
     """``values``, with the derivative of ``x`` where ``inside``."""
-    del x, inside
-    return values
+    del x, inside, scale, zero_point
+    return values if rounding is None else mark(values, "fake_quant", *rounding)
 
 
 @_with_inside.defjvp
-def _with_inside_jvp(primals, tangents):
-    values = _with_inside(*primals)
+def _with_inside_jvp(rounding, primals, tangents):
+    values = _with_inside(rounding, *primals)
     return values, jnp.where(primals[2], tangents[0], jnp.zeros_like(tangents[0]))

@@ -6,13 +6,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jaxcomp
-from jaxcomp import quantize, share
+from jaxcomp import prune, quantize, share
 from jaxcomp.arrays import BlockSparseArray
 from jaxcomp.model import accelerate
-from jaxcomp.quantize import Format
+from jaxcomp.quantize import Format, PerBlock, Percentile, PerGroup, PerTensor, fake_quant
 
 
 class Net(nn.Module):
@@ -120,6 +121,131 @@ def test_a_masked_convolution_becomes_one():
     model = accelerate(apply_fn)
     assert "masked_conv" in model.describe(w, x)
     np.testing.assert_allclose(jax.jit(model)(w, x), apply_fn(w, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "format",
+    [
+        Format(4),
+        Format(2, zero=False, granularity=PerTensor()),
+        Format(3, granularity=PerGroup(8)),
+        Format(4, granularity=PerBlock((8, 4))),
+        Format(8, symmetric=False, granularity=PerTensor()),
+        Format(4, range=Percentile(80.0)),
+        Format(5, symmetric=False, range=Percentile(80.0)),
+        Format(4, scale_dtype="bfloat16"),
+    ],
+    ids=str,
+)
+def test_a_weight_rounded_in_the_model_is_rounded_on_its_way_into_the_product(format):
+    rng = np.random.default_rng(0)
+    w, x = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((32, 16), (4, 32)))
+    apply_fn = lambda w, x: jnp.tanh(x @ fake_quant(w, format))
+    model = accelerate(apply_fn)
+    told = f"fake_quant_matmul  dot_general  rounded to {format.bits} bits, 32 × 16"
+    assert model.describe(w, x).splitlines()[1:] == [told]
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    np.testing.assert_allclose(jax.jit(model)(w, x), jax.jit(apply_fn)(w, x), **close)
+    gradient = lambda apply_fn: jax.jit(jax.grad(lambda w: (apply_fn(w, x) ** 2).sum()))(w)
+    np.testing.assert_allclose(gradient(model), gradient(apply_fn), **close)
+    found, expected = (jax.vmap(run, (0, None))(jnp.stack([w, -w]), x) for run in (model, apply_fn))
+    np.testing.assert_allclose(found, expected, **close)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("scale", [None, 0.2])
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
+def test_a_kernel_rounded_in_the_model_is_rounded_on_its_way_into_the_convolution(
+    strides, scale, dtype
+):
+    rng = np.random.default_rng(1)
+    w, x = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((3, 3, 4, 8), (2, 6, 6, 4)))
+    scale = None if scale is None else jnp.full((8,), scale)
+
+    def apply_fn(w, x):
+        layout = ("NHWC", "HWIO", "NHWC")
+        rounded = fake_quant(w, Format(4), scale).astype(dtype)
+        y = jax.lax.conv_general_dilated(
+            x.astype(dtype), rounded, strides, "SAME", dimension_numbers=layout
+        )
+        return y.astype(jnp.float32)
+
+    model = accelerate(apply_fn)
+    assert "fake_quant_conv" in model.describe(w, x)
+    assert "left" not in model.describe(w, x)
+    close = 1e-4 if dtype == jnp.float32 else 0.02
+    np.testing.assert_allclose(jax.jit(model)(w, x), apply_fn(w, x), rtol=close, atol=close)
+    gradient = lambda apply_fn: jax.grad(lambda w: (apply_fn(w, x) ** 2).sum())(w)
+    found, expected = gradient(model), gradient(apply_fn)
+    np.testing.assert_allclose(found, expected, atol=close * np.abs(expected).max())
+
+
+METHODS = {
+    "rounded": (quantize.train(Format(4)), "fake_quant_matmul"),
+    "clipped": (quantize.train(Format(4, range=Percentile(80.0))), "fake_quant_matmul"),
+    "pruned": (
+        prune.straight_through(prune.scores.magnitude, prune.constant(0.5)),
+        "masked_matmul",
+    ),
+    "both": (
+        jaxcomp.chain(
+            prune.straight_through(prune.scores.magnitude, prune.constant(0.5)),
+            quantize.train(Format(4)),
+        ),
+        "fake_quant_matmul",
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("method", METHODS)
+def test_training_with_the_compression_inside_the_model_takes_the_same_steps(method, dtype):
+    compression, kernel = METHODS[method]
+    net = nn.Sequential([nn.Dense(64, dtype=dtype), nn.relu, nn.Dense(16, dtype=dtype)])
+    rng = np.random.default_rng(0)
+    x, y = (jnp.asarray(rng.normal(size=(8, n)), jnp.float32) for n in (32, 16))
+    params = net.init(jax.random.key(0), x)["params"]
+    tx = jaxcomp.wrap_optimizer(optax.sgd(0.1), compression)
+
+    def seen(params, opt_state, x):
+        return net.apply({"params": jaxcomp.compressed(params, opt_state)}, x)
+
+    def trained(run):
+        @jax.jit
+        def step(params, opt_state):
+            loss = lambda params: jnp.mean((run(params, opt_state, x) - y) ** 2)
+            updates, opt_state = tx.update(jax.grad(loss)(params), opt_state, params)
+            return optax.apply_updates(params, updates), opt_state
+
+        now, opt_state = params, tx.init(params)
+        for _ in range(3):
+            now, opt_state = step(now, opt_state)
+        return now
+
+    fast = lambda params, opt_state, x: accelerate(
+        lambda params, x: seen(params, opt_state, x)
+    )(params, x)  # fmt: skip
+    opt_state = tx.init(params)
+    told = accelerate(lambda params, x: seen(params, opt_state, x)).describe(params, x)
+    assert told.count(kernel) == 2
+    assert "left" not in told
+    close = 1e-5 if dtype == jnp.float32 else 1e-2
+    for found, expected in zip(
+        jax.tree.leaves(trained(fast)), jax.tree.leaves(trained(seen)), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, rtol=close, atol=close)
+
+
+def test_what_is_rounded_otherwise_than_a_kernel_can_is_left_as_it_is():
+    w, x = jnp.ones((32, 16)), jnp.ones((4, 32), jnp.bfloat16)
+    first = accelerate(lambda w, x: x @ fake_quant(w.astype(jnp.bfloat16), Format(4)))
+    assert "fake_quant_matmul" in first.describe(w, x)
+    assert first(w, x).dtype == jnp.bfloat16
+    chance = lambda w, x: x @ fake_quant(w, Format(4), key=jax.random.key(0))
+    for other in (chance, lambda w, x: x @ fake_quant(w, quantize.mxfp4())):
+        run = accelerate(other)
+        assert run.describe(w, x) == "kernel  operation  weight"
+        np.testing.assert_array_equal(jax.jit(run)(w, x), jax.jit(other)(w, x))
 
 
 def test_stacked_layers_in_a_loop_are_read_slice_by_slice():

@@ -1,5 +1,6 @@
 """Which products of a program a kernel can compute, and why it cannot compute the others."""
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -11,9 +12,13 @@ from jax.core import Tracer
 from jaxcomp.arrays import BlockSparseArray, CodebookArray, QuantizedArray, is_compressed
 from jaxcomp.kernels.block_sparse.matmul import block_sparse_matmul
 from jaxcomp.kernels.codebook.matmul import codebook_matmul
+from jaxcomp.kernels.fake_quant.conv import fake_quant_conv
+from jaxcomp.kernels.fake_quant.matmul import fake_quant_matmul
+from jaxcomp.kernels.fake_quant.rounding import Rounding
 from jaxcomp.kernels.masked.conv import masked_conv
 from jaxcomp.kernels.masked.matmul import masked_matmul
 from jaxcomp.kernels.quantized.matmul import quantized_matmul
+from jaxcomp.marks import read_mark
 from jaxcomp.model import tapped
 from jaxcomp.model.program import Block, Op, Program, Value
 from jaxcomp.model.readers import TURN, Reader, readers
@@ -41,9 +46,14 @@ class Planned(NamedTuple):
     Attributes:
         op: the operation.
         kernel: the name of the kernel.
-        path: of the leaf that it reads, compressed; None for a mask that the program applies.
+        path: of the leaf that it reads, compressed; None for a mask or a rounding that the program
+            applies.
         loops: that hand out slices of the leaf, outermost first.
-        reads: the dense weight and its mask, values of the program; empty for a compressed leaf.
+        reads: values of the program, the dense weight first: then its mask, or the scale and zero
+            point where they are not found from it; empty for a compressed leaf.
+        rounding: of the dense weight.
+        through: the operation that lets the weight's gradient past the mask or the rounding; what
+            it goes to is then the last that is read.
         spent: whether nothing needs the leaf after its product in a turn of a loop.
     """
 
@@ -52,6 +62,8 @@ class Planned(NamedTuple):
     path: str | None
     loops: tuple[Op, ...] = ()
     reads: tuple[Value, ...] = ()
+    rounding: Rounding | None = None
+    through: Op | None = None
     spent: bool = False
 
 
@@ -60,7 +72,7 @@ class Plan(NamedTuple):
 
     Attributes:
         products: by a name: the leaf's path, or the operation.
-        left: every other use of a compressed leaf, or of a mask, and why.
+        left: every other use of a compressed leaf, a mask or a rounded weight, and why.
         needed: paths of the leaves that are decoded.
     """
 
@@ -90,13 +102,15 @@ def make_plan(program: Program, leaves: Mapping[str, Any]) -> Plan:
                 left[f"{path}, read by {reader.op or 'the caller'}"] = str(error)
     taken = {at.op for at in products.values()}
     for op, bodies in outside.items():
-        masked = _masked(op, bodies[-1][1] if bodies else program.block)
-        if masked is None or op in taken:
+        if op in taken or op.name not in ("dot_general", "conv_general_dilated"):
             continue
+        name = f"{op}, {len(products) + len(left)}"
         try:
-            products[f"{op}, {len(products)}"] = _of_mask(op, masked, bodies)
+            planned = _of_dense(op, bodies[-1][1] if bodies else program.block, bodies)
         except Unfit as error:
-            left[f"{op}, {len(products)}"] = str(error)
+            left[name] = str(error)
+        else:
+            products.update({name: planned} if planned else {})
     return Plan(products, left, frozenset(needed))
 
 
@@ -108,7 +122,6 @@ def swap_of(name: str, at: Planned, implementation: str | None) -> tapped.Swap:
         at: what is planned.
         implementation: for the kernel.
     """
-    how: Any = {"implementation": implementation}
     dtype = at.op.outputs[0].dtype
 
     def of_leaf(entries: Any, inputs: tuple[Any, ...], bind: Any) -> Any:
@@ -116,18 +129,42 @@ def swap_of(name: str, at: Planned, implementation: str | None) -> tapped.Swap:
         x = _inputs_last(at.op, inputs[0])
         # A loop that gets slices of a leaf would stack them up again.
         after = {name: ()} if at.spent else entries
-        return [_KERNELS[type(leaf)](x, leaf, **how).astype(dtype)], after
+        return [_KERNELS[type(leaf)](x, leaf, implementation=implementation).astype(dtype)], after
 
-    def of_mask(entries: Any, inputs: tuple[Any, ...], bind: Any) -> Any:
-        x, _, w, mask = inputs
-        if at.kernel == "masked_conv":
-            window = {key: at.op.params[key] for key in _CONV}
-            return [masked_conv(x, w, mask, **window).astype(dtype)], entries
-        return [masked_matmul(_inputs_last(at.op, x), w, mask, **how).astype(dtype)], entries
+    def of_dense(entries: Any, inputs: tuple[Any, ...], bind: Any) -> Any:
+        x, _, w, *more = inputs
+        if at.through is not None:
+            *more, stored = more
+            (w,) = tapped.bind(at.through, stored, w)
+        product = _of_rounding if at.rounding else _of_mask
+        return [product(at, x, w, more, implementation).astype(dtype)], entries
 
     if at.path is None:
-        return tapped.Swap((), (), of_mask, at.reads)
+        return tapped.Swap((), (), of_dense, at.reads)
     return tapped.Swap((name,), at.loops, of_leaf)
+
+
+def _of_mask(at: Planned, x: Any, w: Any, more: Any, implementation: Any) -> jax.Array:
+    # A cast and a mask may change places.
+    w, dense_gradient = w.astype(at.op.inputs[1].dtype), at.through is not None
+    if at.kernel == "masked_conv":
+        return masked_conv(x, w, *more, **_window(at.op), dense_gradient=dense_gradient)
+    how: Any = {"dense_gradient": dense_gradient, "implementation": implementation}
+    return masked_matmul(_inputs_last(at.op, x), w, *more, **how)
+
+
+def _of_rounding(at: Planned, x: Any, w: Any, more: Any, implementation: Any) -> jax.Array:
+    how: Any = dict(zip(("scale", "zero_point"), more, strict=False))
+    how["dtype"] = jnp.result_type(*(each.dtype for each in at.op.inputs[:2]))
+    how["dense_gradient"] = at.through is not None
+    if at.kernel == "fake_quant_conv":
+        return fake_quant_conv(x, w, at.rounding, **_window(at.op), **how)
+    how["implementation"] = implementation
+    return fake_quant_matmul(_inputs_last(at.op, x), w, at.rounding, **how)
+
+
+def _window(op: Op) -> dict[str, Any]:
+    return {key: op.params[key] for key in _CONV}
 
 
 def _inputs_last(op: Op, x: jax.Array) -> jax.Array:
@@ -164,28 +201,72 @@ def _check_dot(op: Op, operand: int, bodies: Any) -> None:
         raise Unfit(reason)
 
 
-def _of_mask(op: Op, masked: tuple[Value, Value], bodies: Any) -> Planned:
+def _of_dense(op: Op, block: Block, bodies: Any) -> Planned | None:
+    """A product with a weight that the program masks or rounds right there; None for any other."""
+    makers = {out: each for each in block.ops for out in each.outputs}
+    made, through = _maker(op.inputs[1], makers)
+    rounding, reads = _rounded(made) if made is not None else (None, None)
+    if made is not None and reads is None:
+        # Where gradients go past it, no derivative of the mask's own is used.
+        inside = made.name in tapped.RULES and through is not None
+        reads = _masked_inside(made) if inside else _masked(made, makers)
+    if reads is None:
+        return None
     if op.name == "dot_general":
         _check_dot(op, 1, bodies)
-        return Planned(op, "masked_matmul", None, (), masked)
+    elif op.params["batch_group_count"] != 1:
+        raise Unfit("it groups its batch")
     reason = tapped.obstacle(bodies)
     if reason:
         raise Unfit(reason)
-    if op.params["batch_group_count"] != 1:
-        raise Unfit("it groups its batch")
-    return Planned(op, "masked_conv", None, (), masked)
+    if through is not None:
+        if reads[0].dtype != through.inputs[0].dtype:
+            raise Unfit(f"its weight is cast to {reads[0].dtype} by what compresses it")
+        reads = (*reads, through.inputs[0])
+    kind = "matmul" if op.name == "dot_general" else "conv"
+    name = f"masked_{kind}" if rounding is None else f"fake_quant_{kind}"
+    return Planned(op, name, None, (), reads, rounding, through)
 
 
-def _masked(op: Op, block: Block) -> tuple[Value, Value] | None:
-    """The weight and the boolean mask whose product an operation reads, or None."""
-    if op.name not in ("dot_general", "conv_general_dilated"):
+def _maker(value: Value, makers: Mapping[Value, Op]) -> tuple[Op | None, Op | None]:
+    """What made a weight before it was cast, and what let its gradient through, or None."""
+    through, dtypes = None, [value.dtype]
+    while (made := makers.get(value)) is not None:
+        if made.name in ("convert_element_type", "copy"):
+            value = made.inputs[0]
+        elif through is None and _note(made) == ["straight_through"]:
+            through, value = made, made.inputs[1]
+        else:
+            break
+        dtypes.append(value.dtype)
+    # Cast twice, it would have lost more than once.
+    once = sum(a != b for a, b in itertools.pairwise(dtypes)) <= 1
+    return (made, through) if once else (None, None)
+
+
+def _note(op: Op) -> list[Any] | None:
+    """What the body of a function with its own derivative notes about its result."""
+    if op.name != "custom_jvp_call":
         return None
-    makers = {out: each for each in block.ops for out in each.outputs}
-    made = makers.get(op.inputs[1])
-    while made is not None and made.name in ("convert_element_type", "copy"):
-        made = makers.get(made.inputs[0])
-    if made is None:
-        return None
+    names = [each.params["name"] for each in op.blocks[0].ops if each.name == "name"]
+    return next(filter(None, map(read_mark, names)), None)
+
+
+def _rounded(made: Op) -> tuple[Rounding | None, tuple[Value, ...] | None]:
+    """How a weight was rounded; the weight and, where not found from it, its scales; or None."""
+    note = _note(made)
+    if note is None or note[0] != "fake_quant":
+        return None, None
+    bits, symmetric, axis, blocks, zero = note[1:]
+    # JSON has no tuples.
+    axis, blocks = tuple(axis) if isinstance(axis, list) else axis, tuple(map(tuple, blocks))
+    # The array, its values, what is inside, and the scale and zero point, where not found.
+    w, _, *given = made.inputs
+    return Rounding(bits, symmetric, axis, blocks, zero), (w, *given[1:])
+
+
+def _masked(made: Op, makers: Mapping[Value, Op]) -> tuple[Value, Value] | None:
+    """The weight and the boolean mask whose product an operation makes, or None."""
     if made.name == "select_n" and len(made.inputs) == 3:
         mask, off, on = made.inputs
         if mask.dtype == jnp.bool_ and mask.shape == on.shape and _is_zero(off, makers):
@@ -198,6 +279,18 @@ def _masked(op: Op, block: Block) -> tuple[Value, Value] | None:
                 if mask.dtype == jnp.bool_ and mask.shape == w.shape:
                     return w, mask
     return None
+
+
+def _masked_inside(made: Op) -> tuple[Value, ...] | None:
+    """As :func:`_masked` for the result of a function with its own derivative."""
+    body = made.blocks[0]
+    makers = {out: each for each in body.ops for out in each.outputs}
+    last = makers.get(body.outputs[0])
+    masked = _masked(last, makers) if last is not None else None
+    outer = dict(zip(body.inputs, made.inputs, strict=True))
+    if masked is None or not all(each in outer for each in masked):
+        return None
+    return tuple(outer[each] for each in masked)
 
 
 def _is_zero(value: Value, makers: Mapping[Value, Op]) -> bool:

@@ -13,7 +13,7 @@ from jaxcomp.arrays import is_compressed
 from jaxcomp.checks import check_function
 from jaxcomp.kernels.forms import IMPLEMENTATIONS
 from jaxcomp.model import tapped
-from jaxcomp.model.accelerated.plan import Plan, make_plan, swap_of
+from jaxcomp.model.accelerated.plan import Plan, Planned, make_plan, swap_of
 from jaxcomp.model.program import Program, read
 
 
@@ -58,7 +58,7 @@ class Accelerated:
         _, plan = self._planned(params, leaves, inputs)
         rows = [("kernel", "operation", "weight")]
         for at in plan.products.values():
-            weight = at.path or f"masked, {' × '.join(map(str, at.reads[0].shape))}"
+            weight = at.path or _weight(at)
             rows.append((at.kernel, str(at.op), weight))
         table = columns.table(rows, left=len(rows[0]))
         return "\n".join([table, *(f"left: {name}: {why}" for name, why in plan.left.items())])
@@ -70,13 +70,17 @@ class Accelerated:
 
 
 def accelerate(apply_fn: Callable[..., Any], implementation: Any = None) -> Accelerated:
-    """Compute a model's products with compressed or masked weights by kernels that read them so.
+    """Compute a model's products with compressed, masked or rounded weights by kernels.
 
     Of a packed tree (:func:`jaxcomp.pack`): dots whose right operand is a quantized, a shared or a
     block-sparse leaf, contracted over its first axis, also inside loops over stacked layers. Of a
     dense tree: dots and convolutions whose kernel is multiplied with a boolean mask, or selected by
-    it, right there. Everything else runs as it was, decoded where it is used;
-    :meth:`Accelerated.describe` names it with the reason. The model does not change.
+    it, right there; or rounded by :func:`jaxcomp.quantize.fake_quant` to a
+    :class:`jaxcomp.quantize.Format`, not by chance. What :func:`jaxcomp.compressed` does to
+    parameters counts where ``apply_fn`` calls it, with its gradients.
+
+    Everything else runs as it was, decoded where it is used; :meth:`Accelerated.describe` names it
+    with the reason. The model does not change.
 
     The program is read in each call: put it inside ``jit``, as a model is anyway.
 
@@ -109,6 +113,11 @@ def accelerate(apply_fn: Callable[..., Any], implementation: Any = None) -> Acce
             f"implementation must be None or one of {list(IMPLEMENTATIONS)}, not {implementation!r}"
         )
     return Accelerated(apply_fn, implementation)
+
+
+def _weight(at: Planned) -> str:
+    how = "masked" if at.rounding is None else f"rounded to {at.rounding.bits} bits"
+    return f"{how}, {' × '.join(map(str, at.reads[0].shape))}"
 
 
 def _outline(leaf: Any) -> Any:
