@@ -116,10 +116,11 @@ def blame(path: str | os.PathLike) -> Iterator[None]:
 
 
 def make_plan(path: str | os.PathLike, max_bytes: int | None) -> Plan:
-    """Read a file and check everything but its parts.
+    """Read a file and check it, its parts by their checksums; nothing is decoded.
 
     Raises:
-        CheckpointError: it is not sound, or would take more than ``max_bytes`` once decoded.
+        CheckpointError: it is damaged, not sound, or would take more than ``max_bytes`` once
+            decoded.
         ValueError: ``max_bytes`` is negative.
     """
     if max_bytes is not None and max_bytes < 0:
@@ -146,7 +147,11 @@ def make_plan(path: str | os.PathLike, max_bytes: int | None) -> Plan:
         )
     _check_tensors(container, specs)
     stored = _placed(specs, container)
-    return Plan(container, manifest["tree"], metadata, specs, stored, len(data), limit)
+    plan = Plan(container, manifest["tree"], metadata, specs, stored, len(data), limit)
+    # All before the first is decoded, which can take minutes.
+    for part in stored:
+        _check_part(plan, part)
+    return plan
 
 
 def leaf_bytes(plan: Plan, spec: LeafSpec) -> int:
@@ -160,10 +165,10 @@ def leaf_bytes(plan: Plan, spec: LeafSpec) -> int:
 
 
 def read_leaf(plan: Plan, spec: LeafSpec) -> Any:
-    """Check and decode the parts of one leaf, and put it together.
+    """Decode the parts of one leaf, and put it together.
 
     Raises:
-        CheckpointError: a checksum does not match, or the parts do not fit.
+        CheckpointError: the parts do not fit.
     """
     number = spec.first
     arrays: dict[str, Any] = {}
@@ -176,20 +181,32 @@ def read_leaf(plan: Plan, spec: LeafSpec) -> Any:
     return put_together(spec, Parts(spec.static, symbols, arrays))
 
 
-def _read_part(plan: Plan, stored: Stored) -> Any:
-    spec, name, part, offset = stored
-    end = offset + part.part_bytes
-    data = plan.container.body[offset:end]
-    if isinstance(part, ArraySpec) and part.where == "tensor":
-        data = memoryview(plan.container.tensors[tensor_name(spec.path, name)].data)
-    label = f"{show(spec.path)}{'.' if name else ''}{name}"
-    kept = plan.container.body[end : end + _checksum_bytes(part, plan.container.version)]
+def _check_part(plan: Plan, stored: Stored) -> None:
+    data, end = _data_of(plan, stored)
+    kept = plan.container.body[end : end + _checksum_bytes(stored.part, plan.container.version)]
     if len(kept) and kept != checksum(data):
-        raise CheckpointError(f"{label} is damaged: its checksum does not match")
+        raise CheckpointError(f"{_label(stored)} is damaged: its checksum does not match")
+
+
+def _read_part(plan: Plan, stored: Stored) -> Any:
+    part, (data, _) = stored.part, _data_of(plan, stored)
     try:
         return read_array(part, data) if isinstance(part, ArraySpec) else read_symbols(part, data)
     except CheckpointError as error:
-        raise CheckpointError(f"{label}: {error}") from error
+        raise CheckpointError(f"{_label(stored)}: {error}") from error
+
+
+def _data_of(plan: Plan, stored: Stored) -> tuple[memoryview, int]:
+    """The bytes of a part, and where its checksum begins."""
+    spec, name, part, offset = stored
+    end = offset + part.part_bytes
+    if isinstance(part, ArraySpec) and part.where == "tensor":
+        return memoryview(plan.container.tensors[tensor_name(spec.path, name)].data), end
+    return plan.container.body[offset:end], end
+
+
+def _label(stored: Stored) -> str:
+    return f"{show(stored.leaf.path)}{'.' if stored.name else ''}{stored.name}"
 
 
 def _placed(specs: list[LeafSpec], container: Container) -> list[Stored]:
