@@ -1,33 +1,9 @@
-"""The hot paths compiled for a TPU v5e and an H100 on a machine that has neither.
+"""The hot paths compiled for a TPU v5e and an H100 on a machine that has neither."""
 
-Needs the compilers: `pip install -e '.[aot]'` on Linux, and for the GPU
-`pip install --no-deps jax-cuda13-plugin==VERSION jax-cuda13-pjrt==VERSION` of the installed jax.
-"""
-
-import importlib.util
-import os
-import subprocess
-import sys
 import textwrap
 
 import pytest
-
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800
-  clock_rate_ghz: 1.98 device_memory_size: 84942979072
-  shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 patch: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
+from compilers import H100, TARGETS, compiled
 
 PROGRAM = """
     import re, sys
@@ -103,34 +79,11 @@ PROGRAM = """
         print(name, -1 if memory is None else memory.temp_size_in_bytes, len(compiled.as_text()))
 """
 
-TARGETS = {"tpu": "libtpu", "cuda": "jax_plugins.xla_cuda13"}
-
-
-def installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
-
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_hot_paths_compile(target):
-    if not installed(TARGETS[target]):
-        pytest.skip(f"{TARGETS[target]} is not installed: see the top of this file")
-    # A process of its own: a compiler of another platform cannot be unloaded.
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        # Other tests compile beside this one.
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "XLA_FLAGS": "",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(PROGRAM), target, H100],
-        capture_output=True, text=True, env=environment, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line}
+    text = compiled(target, ["-c", textwrap.dedent(PROGRAM), target, H100])
+    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line}
     assert set(rows) >= {"masks", "kmeans", "nearest", "fake_quant", "decode", "smaller"}
     # The products stay products of 8-bit integers with 32-bit sums: no operand is made wider.
     for name in ("types_of_int8_dot", "types_of_int8_conv"):

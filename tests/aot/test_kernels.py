@@ -3,14 +3,11 @@
 import functools
 import json
 import math
-import os
 import pathlib
-import subprocess
-import sys
 from typing import Any
 
 import pytest
-from test_compile import H100, TARGETS, installed
+from compilers import H100, compiled
 
 CHIPS = {"v5e": ("tpu", "v5e:2x2"), "v6e": ("tpu", "v6e:2x2"), "H100": ("cuda", H100)}
 PROGRAMS = pathlib.Path(__file__).with_name("kernel_programs.py")
@@ -21,20 +18,8 @@ every_chip = pytest.mark.parametrize("chip", CHIPS)
 @functools.cache
 def told(chip: str) -> dict[str, Any]:
     platform, target = CHIPS[chip]
-    if not installed(TARGETS[platform]):
-        pytest.skip(f"{TARGETS[platform]} is not installed: see the top of test_compile.py")
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "XLA_FLAGS": "",
-    }
-    done = subprocess.run(
-        [sys.executable, str(PROGRAMS), platform, target],
-        capture_output=True, text=True, env=environment, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    text = compiled(platform, [str(PROGRAMS), platform, target])
+    return json.loads(text.splitlines()[-1])
 
 
 @every_chip

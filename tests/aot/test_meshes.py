@@ -3,13 +3,10 @@
 import collections
 import functools
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
-from test_compile import TARGETS, installed
+from compilers import compiled
 
 PROGRAMS = pathlib.Path(__file__).with_name("mesh_programs.py")
 MODEL = 4  # devices along the axis that weights are split over
@@ -18,21 +15,8 @@ FLOAT = COUNT = 4  # bytes
 
 @functools.cache
 def told() -> dict[str, list[tuple[str, str, int]]]:
-    if not installed(TARGETS["tpu"]):
-        pytest.skip(f"{TARGETS['tpu']} is not installed: see the top of test_compile.py")
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "XLA_FLAGS": "",
-        # Without it a second process that compiles for a TPU meanwhile is refused.
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, str(PROGRAMS), "v5e:4x4"],
-        capture_output=True, text=True, env=environment, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    text = compiled("tpu", [str(PROGRAMS), "v5e:4x4"])
+    found = json.loads(text.splitlines()[-1])
     return {name: [tuple(each) for each in programs] for name, programs in found.items()}
 
 
