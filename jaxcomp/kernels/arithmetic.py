@@ -1,4 +1,6 @@
-"""Arithmetic that gives the same bits in every program: quotients, and rounding of floats."""
+"""Arithmetic that gives the same bits in every program: quotients, scales, rounding of floats."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,8 @@ from jaxcomp.arrays.elements import SmallFloat
 
 # Below half of it XLA flushes weights to zero, which is then still within half a step.
 TINY = 2.0**-125
+# The reciprocals of larger scales would be subnormal, which XLA flushes to zero.
+LARGE = 2.0**125
 
 
 def widen(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -30,15 +34,45 @@ def quotient(x: Float[Array, "..."], scale: Float[Array, "..."]) -> Float[Array,
     """``x / scale`` for positive scales, with the same rounding everywhere.
 
     By the reciprocal, as XLA divides in some programs and not in others: the codes must not depend
-    on that. The reciprocal of the largest scales would be subnormal, which XLA flushes to zero.
+    on that.
 
     Example:
         >>> quotient(jnp.array([3.0]), jnp.array([0.5]))
         Array([6.], dtype=float32)
     """
-    large = scale > 2.0**125
-    scale = jnp.where(large, scale * 0.25, scale)
-    return jnp.where(large, x * 0.25, x) * (1 / scale)
+    return jnp.where(scale > LARGE, x * 0.25, x) * inverse_scale(scale)
+
+
+def inverse_scale(scale: Float[Array, "..."]) -> Float[Array, "..."]:
+    """``1 / scale``, four times that of scales whose own would be flushed to zero.
+
+    Example:
+        >>> inverse_scale(jnp.array([0.5, 2.0**126]))
+        Array([2.0000000e+00, 4.7019774e-38], dtype=float32)
+    """
+    return 1 / jnp.where(scale > LARGE, scale * 0.25, scale)
+
+
+def bounded_scale(scale: Float[Array, "..."], reach: Any, dtype: Any) -> Float[Array, "..."]:
+    """Scales whose first ``reach`` multiples stay finite in ``dtype``; 1 for zeros only.
+
+    Where they would not, the scale grows until the largest finite number is one of them: then
+    nothing finite rounds to more.
+
+    Args:
+        scale: not negative, float32.
+        reach: an integer, or integers that broadcast to ``scale``.
+        dtype: of what is rounded.
+
+    Example:
+        >>> bounded_scale(jnp.array([0.0, 0.5]), 7, jnp.float32)
+        Array([1. , 0.5], dtype=float32)
+    """
+    largest = min(float(jnp.finfo(dtype).max), float(jnp.finfo(jnp.float32).max)) * (1 - 2**-20)
+    scale = jnp.where(scale == 0, 1.0, jnp.maximum(scale, TINY))
+    multiples = jnp.minimum(jnp.floor(largest / scale * (1 + 2**-18)), reach)
+    limit = largest / multiples
+    return jnp.where(multiples < reach, limit, jnp.minimum(scale, limit)).astype(jnp.float32)
 
 
 def magnitude_codes(

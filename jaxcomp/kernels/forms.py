@@ -1,7 +1,7 @@
 """Which form of an operation runs: XLA's, or a kernel of our own where the platform has one.
 
 An operation has an ``xla`` form, which runs everywhere, and forms written with Pallas: ``triton``
-and ``mosaic_gpu`` for NVIDIA's chips, ``mosaic_tpu`` for Google's. They compute the same.
+for NVIDIA's chips, ``mosaic_tpu`` for Google's. They compute the same.
 """
 
 import functools
@@ -16,7 +16,7 @@ from jax import lax
 from jaxcomp.kernels.tables import IMPLEMENTATIONS, Row, note, row_for
 
 # The platforms as JAX lowers for them, and the forms written for each, the best first.
-PLATFORMS = {"cuda": ("triton", "mosaic_gpu"), "tpu": ("mosaic_tpu",)}
+PLATFORMS = {"cuda": ("triton",), "tpu": ("mosaic_tpu",)}
 
 
 class Kernel(NamedTuple):

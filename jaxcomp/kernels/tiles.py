@@ -1,9 +1,22 @@
 """What kernels do with their tiles."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+def unfit_dtype(*dtypes: Any) -> str | None:
+    """Why Triton has no product of one of these dtypes, or None.
+
+    Example:
+        >>> unfit_dtype(jnp.bfloat16, jnp.int8)
+        'int8 is not float32, bfloat16 or float16'
+    """
+    wrong = [jnp.dtype(dtype).name for dtype in dtypes if dtype not in FLOATS]
+    return f"{wrong[0]} is not float32, bfloat16 or float16" if wrong else None
 
 
 def dot(left: jax.Array, right: jax.Array) -> jax.Array:

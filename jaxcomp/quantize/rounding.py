@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Shaped, UInt8
 from jaxcomp.arrays.blocks import wide_scale
 from jaxcomp.arrays.elements import ELEMENTS, SmallFloat, Table, element_levels, levels
 from jaxcomp.arrays.quantized import uniform_steps
-from jaxcomp.quantize.arithmetic import magnitude_codes, quotient, widen
+from jaxcomp.kernels.arithmetic import magnitude_codes, quotient, widen
 from jaxcomp.quantize.formats import AnyFormat, Format
 
 

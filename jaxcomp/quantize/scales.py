@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxcomp.arrays.blocks import merge_blocks, split_blocks, split_shape
-from jaxcomp.quantize.arithmetic import widen
+from jaxcomp.kernels.arithmetic import widen
 from jaxcomp.quantize.formats import AnyFormat, Format
 from jaxcomp.quantize.ranges import AbsMax
 from jaxcomp.quantize.search import search

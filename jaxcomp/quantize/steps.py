@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from jaxcomp.arrays.blocks import wide_scale
 from jaxcomp.arrays.elements import ELEMENTS, largest
-from jaxcomp.quantize.arithmetic import TINY, quotient
+from jaxcomp.kernels.arithmetic import TINY, bounded_scale, quotient
 from jaxcomp.quantize.formats import AnyFormat, GridFormat
 
 
@@ -53,28 +53,15 @@ def scales_of(
         return _grid_scales(high, format, dtype, tensor_scale)
     steps = format.code_range[1]
     if low is None:
-        return Scales(stored(_bounded(high * (1 / steps), steps, dtype), format.scale_dtype))
+        return Scales(stored(bounded_scale(high * (1 / steps), steps, dtype), format.scale_dtype))
     # Halves: their difference cannot overflow, nor change when it is compiled to a fused
     # multiply-add, so that the scale is the same to the bit inside and outside `jit`.
     scale = (high * 0.5 - low * 0.5) * (2 / steps)
-    zero_point = jnp.round(quotient(-low, _bounded(scale, 1, dtype)))
-    scale = _bounded(scale, jnp.maximum(zero_point, steps - zero_point), dtype)
+    zero_point = jnp.round(quotient(-low, bounded_scale(scale, 1, dtype)))
+    scale = bounded_scale(scale, jnp.maximum(zero_point, steps - zero_point), dtype)
     scale = stored(scale, format.scale_dtype)
     zero_point = jnp.clip(jnp.round(quotient(-low, wide_scale(scale))), 0, steps)
     return Scales(scale, zero_point.astype(jnp.uint8))
-
-
-def _bounded(scale: jax.Array, reach: jax.Array | int, dtype: Any) -> jax.Array:
-    """Scales whose first ``reach`` multiples stay finite in ``dtype``; 1 for weights all zero.
-
-    Where they would not, the scale grows until the largest finite number is one of them: then
-    nothing finite rounds to more.
-    """
-    largest = float(jnp.finfo(dtype).max) * (1 - 2**-20)
-    scale = jnp.where(scale == 0, 1.0, jnp.maximum(scale, TINY))
-    multiples = jnp.minimum(jnp.floor(largest / scale * (1 + 2**-18)), reach)
-    limit = largest / multiples
-    return jnp.where(multiples < reach, limit, jnp.minimum(scale, limit)).astype(jnp.float32)
 
 
 # Times the least scale in float8_e4m3fn it is TINY.

@@ -15,11 +15,9 @@ from jax.experimental.pallas import tpu
 from jaxcomp.kernels.block_sparse.places import FIRST, KEPT, LAST, Steps, places, steps, stored
 from jaxcomp.kernels.forms import Kernel
 from jaxcomp.kernels.tiles import dot, pad_rows, row_tile
+from jaxcomp.kernels.tpu_tiles import LEAST_ROWS, begin, is_last, unfit_dtype
 
 _TILES = ({"rows": 512}, {"rows": 1024}, {"rows": 256})
-_FLOATS = (jnp.float32, jnp.bfloat16)
-# bfloat16 lies in memory in sixteens.
-_LEAST = 16
 # Lists lie in scalar memory, blocks in fast memory.
 _MOST_STEPS, _MOST_BYTES = 1 << 15, 1 << 21
 _IN_ORDER = tpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"))
@@ -27,24 +25,12 @@ _IN_ORDER = tpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"))
 
 def forward() -> Kernel:
     """As :func:`jaxcomp.kernels.block_sparse.xla.forward`, without the pattern."""
-
-    def run(x: Any, values: Any, keep: Any, *, rows: int, interpret: bool) -> jax.Array:
-        along = steps(keep, values.shape[0], by_column=True)
-        name = "block_sparse_matmul"
-        return _by_steps(_forward, x, values, along, (1, 2), keep.shape[1], rows, interpret, name)
-
-    return Kernel(run, unfit, _TILES)
+    return _by_steps(by_column=True)
 
 
 def to_input() -> Kernel:
     """As :func:`jaxcomp.kernels.block_sparse.xla.to_input`, without the pattern."""
-
-    def run(dy: Any, values: Any, keep: Any, *, rows: int, interpret: bool) -> jax.Array:
-        along = steps(keep, values.shape[0], by_column=False)
-        name = "block_sparse_matmul_to_input"
-        return _by_steps(_to_input, dy, values, along, (2, 1), keep.shape[0], rows, interpret, name)
-
-    return Kernel(run, unfit, _TILES)
+    return _by_steps(by_column=False)
 
 
 def to_values() -> Kernel:
@@ -52,7 +38,7 @@ def to_values() -> Kernel:
 
     def run(x: Any, dy: Any, values: Any, keep: Any, *, rows: int, interpret: bool) -> jax.Array:
         count, k, c = values.shape
-        tile = row_tile(rows, x.shape[0], _LEAST)
+        tile = row_tile(rows, x.shape[0], LEAST_ROWS)
         x, dy = pad_rows(x, tile), pad_rows(dy, tile)
         at = places(keep, count)
         specs = tpu.PrefetchScalarGridSpec(
@@ -90,17 +76,30 @@ def unfit(x: Any, values: Any, keep: Any) -> str | None:
         return f"blocks of {k} by {c} are larger than {_MOST_BYTES >> 20} MB"
     if count + max(keep.shape) > _MOST_STEPS:
         return f"{count} blocks are more than {_MOST_STEPS}"
-    wrong = [str(array.dtype) for array in (x, values) if array.dtype not in _FLOATS]
-    return f"{wrong[0]} is neither float32 nor bfloat16" if wrong else None
+    return unfit_dtype(x.dtype, values.dtype)
 
 
-def _by_steps(
-    kernel: Any, x: Any, values: Any, along: Steps, sides: tuple[int, int], lines: int, rows: int,
+def _by_steps(by_column: bool) -> Kernel:
+    product, name = _forward, "block_sparse_matmul"
+    if not by_column:
+        product, name = _to_input, "block_sparse_matmul_to_input"
+
+    def run(x: Any, values: Any, keep: Any, *, rows: int, interpret: bool) -> jax.Array:
+        along = steps(keep, values.shape[0], by_column=by_column)
+        sides = values.shape[1:] if by_column else values.shape[:0:-1]
+        lines = keep.shape[1 if by_column else 0]
+        return _over(product, x, values, along, sides, lines, rows, interpret, name)
+
+    return Kernel(run, unfit, _TILES)
+
+
+def _over(
+    product: Any, x: Any, values: Any, along: Steps, sides: tuple[int, ...], lines: int, rows: int,
     interpret: bool, name: str,
 ) -> jax.Array:  # fmt: skip
     """A kernel over the steps of :func:`steps`; ``sides``: of a block, that of x and the other."""
-    taken, side = (values.shape[axis] for axis in sides)
-    tile, count = row_tile(rows, x.shape[0], _LEAST), x.shape[0]
+    taken, side = sides
+    tile, count = row_tile(rows, x.shape[0], LEAST_ROWS), x.shape[0]
     x = pad_rows(x, tile)
     specs = tpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=len(along),
@@ -118,7 +117,7 @@ def _by_steps(
         scratch_shapes=[tpu.VMEM((tile, side), jnp.float32)],
     )
     y = pl.pallas_call(
-        partial(_summed, kernel),
+        partial(_summed, product),
         jax.ShapeDtypeStruct((x.shape[0], lines * side), jnp.result_type(x, values)),
         grid_spec=specs,
         compiler_params=_IN_ORDER,
@@ -158,13 +157,9 @@ def _to_input(dy: jax.Array, block: jax.Array) -> jax.Array:
 
 def _to_values(rows: Any, columns: Any, x: Any, dy: Any, out: Any, total: Any) -> None:
     del rows, columns
-
-    @pl.when(pl.program_id(1) == 0)
-    def _() -> None:
-        total[...] = jnp.zeros(total.shape, total.dtype)
-
+    begin(total, axis=1)
     total[...] += dot(x[...].T, dy[...])
 
-    @pl.when(pl.program_id(1) == pl.num_programs(1) - 1)
+    @pl.when(is_last(axis=1))
     def _() -> None:
         out[0] = total[...].astype(out.dtype)

@@ -16,7 +16,7 @@ from jax.experimental.pallas import triton
 
 from jaxcomp.kernels.block_sparse.places import lists, places, stored
 from jaxcomp.kernels.forms import Kernel
-from jaxcomp.kernels.tiles import FLOATS, dot, pad_rows, row_tile
+from jaxcomp.kernels.tiles import dot, pad_rows, row_tile, unfit_dtype
 
 _TILES = (
     {"rows": 128, "columns": 128, "step": 64, "warps": 8, "stages": 3},
@@ -30,36 +30,12 @@ _FEW, _NARROW = 16, 32
 
 def forward() -> Kernel:
     """As :func:`jaxcomp.kernels.block_sparse.xla.forward`, without the pattern."""
-
-    def run(
-        x: Any, values: Any, keep: Any, *, rows: int, columns: int, step: int, warps: int,
-        stages: int, interpret: bool,
-    ) -> jax.Array:  # fmt: skip
-        count, k, c = values.shape
-        along = lists(keep, count, by_column=True)
-        return _by_lists(
-            _forward, x, values, along, c, rows, columns, min(step, k), warps, stages, interpret,
-            "block_sparse_matmul",
-        )  # fmt: skip
-
-    return Kernel(run, unfit, _TILES)
+    return _by_lists(by_column=True)
 
 
 def to_input() -> Kernel:
     """As :func:`jaxcomp.kernels.block_sparse.xla.to_input`, without the pattern."""
-
-    def run(
-        dy: Any, values: Any, keep: Any, *, rows: int, columns: int, step: int, warps: int,
-        stages: int, interpret: bool,
-    ) -> jax.Array:  # fmt: skip
-        count, k, c = values.shape
-        along = lists(keep, count, by_column=False)
-        return _by_lists(
-            _to_input, dy, values, along, k, rows, columns, min(step, c), warps, stages, interpret,
-            "block_sparse_matmul_to_input",
-        )  # fmt: skip
-
-    return Kernel(run, unfit, _TILES)
+    return _by_lists(by_column=False)
 
 
 def to_values() -> Kernel:
@@ -100,11 +76,29 @@ def unfit(x: Any, values: Any, keep: Any) -> str | None:
     _, k, c = values.shape
     if any(size < 16 or size & (size - 1) for size in (k, c)):
         return f"blocks of {k} by {c}: a side is no power of two from 16 on"
-    wrong = [str(array.dtype) for array in (x, values) if array.dtype not in FLOATS]
-    return f"{wrong[0]} is not float32, bfloat16 or float16" if wrong else None
+    return unfit_dtype(x.dtype, values.dtype)
 
 
-def _by_lists(
+def _by_lists(by_column: bool) -> Kernel:
+    kernel, name = _forward, "block_sparse_matmul"
+    if not by_column:
+        kernel, name = _to_input, "block_sparse_matmul_to_input"
+
+    def run(
+        x: Any, values: Any, keep: Any, *, rows: int, columns: int, step: int, warps: int,
+        stages: int, interpret: bool,
+    ) -> jax.Array:  # fmt: skip
+        along = lists(keep, values.shape[0], by_column=by_column)
+        taken, side = values.shape[1:] if by_column else values.shape[:0:-1]
+        return _over(
+            kernel, x, values, along, side, rows, columns, min(step, taken), warps, stages,
+            interpret, name,
+        )  # fmt: skip
+
+    return Kernel(run, unfit, _TILES)
+
+
+def _over(
     kernel: Any, x: Any, values: Any, along: Any, side: int, rows: int, columns: int, step: int,
     warps: int, stages: int, interpret: bool, name: str,
 ) -> jax.Array:  # fmt: skip

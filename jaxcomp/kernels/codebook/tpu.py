@@ -17,6 +17,7 @@ from jax.experimental.pallas import tpu
 from jaxcomp.kernels.codebook.lookup import choose_by_bits, part_of_indices
 from jaxcomp.kernels.forms import Kernel
 from jaxcomp.kernels.tiles import dot, largest_divisor, pad_rows, row_tile
+from jaxcomp.kernels.tpu_tiles import LEAST_ROWS, SUMMED_LAST, begin, finish, unfit_dtype
 
 # Bytes of a row of the matrix, and of a device's part of it, are a multiple of this.
 WIDTH = 128
@@ -25,12 +26,8 @@ _TILES = (
     {"rows": 256, "width": 256, "depth": 1024},
     {"rows": 1024, "width": 256, "depth": 256},
 )
-_FLOATS = (jnp.float32, jnp.bfloat16)
-# bfloat16 lies in memory in sixteens.
-_LEAST = 16
 # Codebooks lie in scalar memory, a row of 512 bytes each.
 _MOST_GROUPS = 512
-_IN_ORDER = tpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
 
 
 def forward(bits: int) -> Kernel:
@@ -41,7 +38,7 @@ def forward(bits: int) -> Kernel:
         interpret: bool,
     ) -> jax.Array:  # fmt: skip
         (inputs, whole), groups, parts = packed.shape, codebook.shape[0], shifts.shape[0]
-        tile, count = row_tile(rows, x.shape[0], _LEAST), x.shape[0]
+        tile, count = row_tile(rows, x.shape[0], LEAST_ROWS), x.shape[0]
         x, depth = pad_rows(x, tile), largest_divisor(depth, inputs)
         # As many outputs for indices of any size.
         width = largest_divisor(max(WIDTH, width * 2 // parts), whole // groups)
@@ -56,7 +53,7 @@ def forward(bits: int) -> Kernel:
             ],
             out_specs=pl.BlockSpec((parts, tile, width), lambda i, j, k: (0, i, j)),
             scratch_shapes=[tpu.VMEM((parts, tile, width), jnp.float32)],
-            compiler_params=_IN_ORDER,
+            compiler_params=SUMMED_LAST,
             interpret=interpret,
             name="codebook_matmul",
         )(x, packed, codebook.astype(jnp.float32))
@@ -75,25 +72,17 @@ def unfit(x: Any, packed: Any, codebook: Any, shifts: Any) -> str | None:
         return f"{outputs} are no multiples of {WIDTH * shifts.shape[0]}"
     if groups > _MOST_GROUPS:
         return f"{groups} groups are more than {_MOST_GROUPS}"
-    wrong = [str(each.dtype) for each in (x, codebook) if each.dtype not in _FLOATS]
-    return f"{wrong[0]} is neither float32 nor bfloat16" if wrong else None
+    return unfit_dtype(x.dtype, codebook.dtype)
 
 
 def _forward(
     x: Any, packed: Any, codebook: Any, out: Any, total: Any, *, bits: int, each: int
 ) -> None:
-    group, k = lax.div(pl.program_id(1), np.int32(each)), pl.program_id(2)
-
-    @pl.when(k == 0)
-    def _() -> None:
-        total[...] = jnp.zeros(total.shape, total.dtype)
-
+    group = lax.div(pl.program_id(1), np.int32(each))
+    begin(total)
     entries = [codebook[group, entry] for entry in range(codebook.shape[1])]
     dtype = jnp.result_type(x.dtype, out.dtype)
     for part in range(out.shape[0]):
         right = choose_by_bits(part_of_indices(packed[...], part, bits), entries)
         total[part] += dot(x[...], right.astype(dtype))
-
-    @pl.when(k == pl.num_programs(2) - 1)
-    def _() -> None:
-        out[...] = total[...].astype(out.dtype)
+    finish(out, total)

@@ -17,7 +17,7 @@ from jax.experimental.pallas import triton
 
 from jaxcomp.kernels.codebook.lookup import choose_by_bits, part_of_indices
 from jaxcomp.kernels.forms import Kernel
-from jaxcomp.kernels.tiles import FLOATS, dot, largest_divisor, pad_rows, row_tile
+from jaxcomp.kernels.tiles import dot, largest_divisor, pad_rows, row_tile, unfit_dtype
 
 # Bytes of a row of the matrix, and of a device's part of it, are a multiple of this.
 WIDTH = 16
@@ -82,8 +82,7 @@ def unfit(x: Any, packed: Any, codebook: Any, shifts: Any) -> str | None:
     if width // groups % WIDTH:
         outputs = f"{width * shifts.shape[0]} outputs in {groups} groups"
         return f"{outputs} are no multiples of {WIDTH * shifts.shape[0]}"
-    wrong = [str(each.dtype) for each in (x, codebook) if each.dtype not in FLOATS]
-    return f"{wrong[0]} is not float32, bfloat16 or float16" if wrong else None
+    return unfit_dtype(x.dtype, codebook.dtype)
 
 
 def _splits(most: int, steps: int) -> int:

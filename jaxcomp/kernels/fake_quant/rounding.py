@@ -1,6 +1,6 @@
 """Rounding to evenly spaced levels, from plain numbers: scales, codes and values.
 
-The arithmetic is that of :mod:`jaxcomp.quantize`, to the bit; kernels are below it and cannot ask.
+The numbers are those of :mod:`jaxcomp.quantize`, to the bit; kernels are below it and cannot ask.
 """
 
 from typing import Any, NamedTuple
@@ -11,11 +11,7 @@ from jaxtyping import Array, Float, Shaped, UInt8
 
 from jaxcomp.arrays.blocks import Blocks, merge_blocks, split_blocks, wide_scale
 from jaxcomp.arrays.quantized import dequantize
-
-# Below half of it XLA flushes numbers to zero, which is then still within half a step.
-_TINY = 2.0**-125
-# The reciprocals of larger scales would be subnormal, which XLA flushes to zero.
-_LARGE = 2.0**125
+from jaxcomp.kernels.arithmetic import LARGE, bounded_scale, inverse_scale, quotient, widen
 
 
 class Rounding(NamedTuple):
@@ -99,15 +95,15 @@ def find_scale(
     split = split_blocks(x, rounding.blocks)
     # The largest, widened, is the largest of what is widened. No magnitudes: some compilers would
     # write them to memory before they look for the largest in a block.
-    low, high = (_widen(end(split, axis=shared, keepdims=True)) for end in (jnp.min, jnp.max))
+    low, high = (widen(end(split, axis=shared, keepdims=True)) for end in (jnp.min, jnp.max))
     if rounding.symmetric:
-        return _bounded(jnp.maximum(high, -low) * (1 / steps), steps, x.dtype), None
+        return bounded_scale(jnp.maximum(high, -low) * (1 / steps), steps, x.dtype), None
     low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
     # Halves: their difference cannot overflow, nor change when it becomes a fused multiply-add.
     scale = (high * 0.5 - low * 0.5) * (2 / steps)
-    zero_point = jnp.round(_quotient(-low, _bounded(scale, 1, x.dtype)))
-    scale = _bounded(scale, jnp.maximum(zero_point, steps - zero_point), x.dtype)
-    zero_point = jnp.clip(jnp.round(_quotient(-low, scale)), 0, steps)
+    zero_point = jnp.round(quotient(-low, bounded_scale(scale, 1, x.dtype)))
+    scale = bounded_scale(scale, jnp.maximum(zero_point, steps - zero_point), x.dtype)
+    zero_point = jnp.clip(jnp.round(quotient(-low, scale)), 0, steps)
     return scale, zero_point.astype(jnp.uint8)
 
 
@@ -135,8 +131,8 @@ def find_codes(
         ([9, 1], [True, False])
     """
     wide = wide_scale(scale)
-    split = _widen(split_blocks(x, rounding.blocks)).astype(wide.dtype)
-    nearest = nearest_code(_quotient(split, wide), zero_point, rounding, jnp.round)
+    split = widen(split_blocks(x, rounding.blocks)).astype(wide.dtype)
+    nearest = nearest_code(quotient(split, wide), zero_point, rounding, jnp.round)
     low, high = _limits(rounding)
     inside = (nearest >= low) & (nearest <= high)
     offset = 1 << (rounding.bits - 1) if rounding.symmetric else 0
@@ -189,7 +185,7 @@ def nearest_values(
     Args:
         x: float32.
         scale: float32.
-        inverse: from :func:`inverse_scale`.
+        inverse: from :func:`jaxcomp.kernels.arithmetic.inverse_scale`.
         zero_point: float32; None if symmetric.
         rounding: to what.
         to_even: rounds to the nearest integer.
@@ -200,23 +196,13 @@ def nearest_values(
         ...     jnp.array([0.6]), scale, inverse_scale(scale), None, Rounding(4), jnp.round)
         Array([0.5], dtype=float32)
     """
-    part = jnp.where(scale > _LARGE, 0.25, 1.0)
+    part = jnp.where(scale > LARGE, 0.25, 1.0)
     low, high = _limits(rounding)
     nearest = nearest_code(x * part * inverse, zero_point, rounding, to_even)
     code = jnp.minimum(jnp.maximum(nearest, low), high)
     if zero_point is not None:
         code = code - zero_point
     return (code if rounding.zero else 2 * code + 1) * scale
-
-
-def inverse_scale(scale: Float[Array, "..."]) -> Float[Array, "..."]:
-    """``1 / scale``, four times that of scales whose own would be flushed to zero.
-
-    Example:
-        >>> inverse_scale(jnp.array([0.5, 2.0**126]))
-        Array([2.0000000e+00, 4.7019774e-38], dtype=float32)
-    """
-    return 1 / jnp.where(scale > _LARGE, scale * 0.25, scale)
 
 
 def group_size(rounding: Rounding, w: Any) -> int:
@@ -279,11 +265,6 @@ def why_not_grouped(rounding: Rounding, scale: Any) -> str | None:
     return None
 
 
-def _quotient(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """``x / scale`` by the reciprocal, as XLA divides in some programs and not in others."""
-    return jnp.where(scale > _LARGE, x * 0.25, x) * inverse_scale(scale)
-
-
 def _limits(rounding: Rounding) -> tuple[int, int]:
     if rounding.zero:
         return rounding.code_range
@@ -303,23 +284,3 @@ def _shared(rounding: Rounding, ndim: int) -> tuple[int, ...]:
         return tuple(axis - n for (_, axis), n in zip(rounding.blocks, later, strict=True))
     kept = {axis % ndim for axis in _axes(rounding)}
     return tuple(axis - ndim for axis in range(ndim) if axis not in kept)
-
-
-def _widen(x: jax.Array) -> jax.Array:
-    """``x`` in float32 as it is: XLA would take the unrounded result of an earlier operation."""
-    wide = x.astype(jnp.float32)
-    if x.dtype != jnp.bfloat16:
-        return wide
-    return jax.lax.reduce_precision(wide, exponent_bits=8, mantissa_bits=7)
-
-
-def _bounded(scale: jax.Array, reach: jax.Array | int, dtype: Any) -> jax.Array:
-    """Scales whose first ``reach`` multiples stay finite in ``dtype``; 1 for zeros only.
-
-    Where they would not, the scale grows until the largest finite number is one of them.
-    """
-    largest = min(float(jnp.finfo(dtype).max), float(jnp.finfo(jnp.float32).max)) * (1 - 2**-20)
-    scale = jnp.where(scale == 0, 1.0, jnp.maximum(scale, _TINY))
-    multiples = jnp.minimum(jnp.floor(largest / scale * (1 + 2**-18)), reach)
-    limit = largest / multiples
-    return jnp.where(multiples < reach, limit, jnp.minimum(scale, limit)).astype(jnp.float32)

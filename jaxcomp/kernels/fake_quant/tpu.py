@@ -20,16 +20,15 @@ from jaxcomp.kernels.fake_quant.rounding import (
 )
 from jaxcomp.kernels.forms import Kernel
 from jaxcomp.kernels.tiles import dot, largest_divisor, pad_rows, row_tile
+from jaxcomp.kernels.tpu_tiles import LEAST_ROWS, SUMMED_LAST, begin, finish, unfit_dtype
 
 _TILES = (
     {"rows": 256, "block": 512, "columns": 256},
     {"rows": 512, "block": 512, "columns": 512},
     {"rows": 128, "block": 1024, "columns": 512},
 )
-_FLOATS = (jnp.float32, jnp.bfloat16)
-# A tile is 128 wide; bfloat16 lies in memory in sixteen rows.
-_WIDE, _LEAST = 128, 16
-_IN_ORDER = tpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
+# Of a tile.
+_WIDE = 128
 
 
 def forward(rounding: Rounding) -> Kernel:
@@ -38,7 +37,7 @@ def forward(rounding: Rounding) -> Kernel:
     def run(
         x: Any, w: Any, *scales: Any, rows: int, block: int, columns: int, interpret: bool
     ) -> jax.Array:
-        tile, count = row_tile(rows, x.shape[0], _LEAST), x.shape[0]
+        tile, count = row_tile(rows, x.shape[0], LEAST_ROWS), x.shape[0]
         block, columns = (
             largest_divisor(*each) for each in ((block, w.shape[0]), (columns, w.shape[1]))
         )
@@ -64,7 +63,7 @@ def to_input(rounding: Rounding) -> Kernel:
     def run(
         dy: Any, w: Any, *scales: Any, rows: int, block: int, columns: int, interpret: bool
     ) -> jax.Array:
-        tile, count = row_tile(rows, dy.shape[0], _LEAST), dy.shape[0]
+        tile, count = row_tile(rows, dy.shape[0], LEAST_ROWS), dy.shape[0]
         block, columns = (
             largest_divisor(*each) for each in ((block, w.shape[0]), (columns, w.shape[1]))
         )
@@ -90,10 +89,7 @@ def unfit(rounding: Rounding, x: Any, w: Any, scale: Any, *zero_point: Any) -> s
     inputs, outputs = w.shape
     if inputs % _WIDE or outputs % _WIDE:
         return f"{inputs} inputs and {outputs} outputs are not both multiples of {_WIDE}"
-    wrong = [str(each.dtype) for each in (x, w) if each.dtype not in _FLOATS]
-    return (
-        f"{wrong[0]} is neither float32 nor bfloat16" if wrong else why_not_grouped(rounding, scale)
-    )
+    return unfit_dtype(x.dtype, w.dtype) or why_not_grouped(rounding, scale)
 
 
 def _summed(
@@ -124,7 +120,7 @@ def _summed(
         in_specs=[*specs, *[scale_spec] * len(grouped)],
         out_specs=pl.BlockSpec(tile, lambda i, j, k: (i, j)),
         scratch_shapes=[tpu.VMEM(tile, jnp.float32)],
-        compiler_params=_IN_ORDER,
+        compiler_params=SUMMED_LAST,
         interpret=interpret,
         name="fake_quant_matmul_to_input" if transposed else "fake_quant_matmul",
     )(x, w, *(each[:, None] for each in grouped))
@@ -134,17 +130,10 @@ def _kernel(
     transposed: bool, rounding: Rounding, clipped: bool, x: Any, w: Any, *rest: Any
 ) -> None:
     *scales, out, total = rest
-
-    @pl.when(pl.program_id(2) == 0)
-    def _() -> None:
-        total[...] = jnp.zeros(total.shape, total.dtype)
-
+    begin(total)
     matrix = _rounded(w, [each[...] for each in scales], rounding, clipped).astype(x.dtype)
     total[...] += dot(x[...], matrix.T if transposed else matrix)
-
-    @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
-    def _() -> None:
-        out[...] = total[...].astype(out.dtype)
+    finish(out, total)
 
 
 def _rounded(w: Any, scales: Any, rounding: Rounding, clipped: bool) -> jax.Array:

@@ -20,7 +20,7 @@ from jaxcomp.kernels.fake_quant.rounding import (
     why_not_grouped,
 )
 from jaxcomp.kernels.forms import Kernel
-from jaxcomp.kernels.tiles import FLOATS, dot, largest_divisor, pad_rows, row_tile
+from jaxcomp.kernels.tiles import dot, largest_divisor, pad_rows, row_tile, unfit_dtype
 
 _TILES = (
     {"rows": 128, "columns": 128, "step": 32, "warps": 8, "stages": 3},
@@ -113,9 +113,7 @@ def unfit(rounding: Rounding, x: Any, w: Any, scale: Any, *zero_point: Any) -> s
     inputs, outputs = w.shape
     if inputs % _LEAST or outputs % _LEAST:
         return f"{inputs} inputs and {outputs} outputs are not both multiples of {_LEAST}"
-    if w.dtype not in FLOATS:
-        return f"{w.dtype} is not float32, bfloat16 or float16"
-    return why_not_grouped(rounding, scale)
+    return unfit_dtype(w.dtype) or why_not_grouped(rounding, scale)
 
 
 def to_even(x: jax.Array) -> jax.Array:

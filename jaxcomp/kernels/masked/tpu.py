@@ -14,23 +14,20 @@ from jax.experimental.pallas import tpu
 
 from jaxcomp.kernels.forms import Kernel
 from jaxcomp.kernels.tiles import dot, largest_divisor, pad_rows, row_tile
+from jaxcomp.kernels.tpu_tiles import LEAST_ROWS, SUMMED_LAST, begin, finish, is_last, unfit_dtype
 
 _TILES = (
     {"rows": 256, "columns": 256},
     {"rows": 512, "columns": 512},
     {"rows": 128, "columns": 512},
 )
-_FLOATS = (jnp.float32, jnp.bfloat16)
-# Rows of a tile, where there are few: bfloat16 lies in memory in sixteens.
-_LEAST = 16
-_IN_ORDER = tpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
 
 
 def forward(block: int) -> Kernel:
     """As :func:`jaxcomp.kernels.masked.triton.forward`."""
 
     def run(x: Any, w: Any, bits: Any, *, rows: int, columns: int, interpret: bool) -> jax.Array:
-        tile, count = row_tile(rows, x.shape[0], _LEAST), x.shape[0]
+        tile, count = row_tile(rows, x.shape[0], LEAST_ROWS), x.shape[0]
         x, columns = pad_rows(x, tile), largest_divisor(columns, w.shape[1])
         specs = [
             pl.BlockSpec((tile, block), lambda i, j, k: (i, k)),
@@ -50,7 +47,7 @@ def to_input(block: int) -> Kernel:
     """As :func:`jaxcomp.kernels.masked.triton.to_input`."""
 
     def run(dy: Any, w: Any, bits: Any, *, rows: int, columns: int, interpret: bool) -> jax.Array:
-        tile, count = row_tile(rows, dy.shape[0], _LEAST), dy.shape[0]
+        tile, count = row_tile(rows, dy.shape[0], LEAST_ROWS), dy.shape[0]
         dy, columns = pad_rows(dy, tile), largest_divisor(columns, w.shape[1])
         specs = [
             pl.BlockSpec((tile, columns), lambda i, j, k: (i, k)),
@@ -70,7 +67,7 @@ def to_weight(block: int) -> Kernel:
     """As :func:`jaxcomp.kernels.masked.triton.to_weight`."""
 
     def run(x: Any, dy: Any, bits: Any, *, rows: int, columns: int, interpret: bool) -> jax.Array:
-        tile = row_tile(rows, x.shape[0], _LEAST)
+        tile = row_tile(rows, x.shape[0], LEAST_ROWS)
         x, dy = pad_rows(x, tile), pad_rows(dy, tile)
         columns = largest_divisor(columns, dy.shape[1])
         specs = [
@@ -104,8 +101,7 @@ def _unfit(block: int, shape: tuple[int, ...], dtypes: tuple[Any, ...], bits: An
         return f"the mask's block of {block} is no multiple of 256"
     if columns % 128:
         return f"{columns} outputs are no multiple of 128"
-    wrong = [str(dtype) for dtype in dtypes if dtype not in _FLOATS]
-    return f"{wrong[0]} is neither float32 nor bfloat16" if wrong else None
+    return unfit_dtype(*dtypes)
 
 
 def _summed(
@@ -127,7 +123,7 @@ def _summed(
         in_specs=specs,
         out_specs=pl.BlockSpec(tile, lambda i, j, k: (i, j)),
         scratch_shapes=[tpu.VMEM(tile, jnp.float32)],
-        compiler_params=_IN_ORDER,
+        compiler_params=SUMMED_LAST,
         interpret=interpret,
         name=name,
     )(*arrays)
@@ -143,39 +139,23 @@ def _kept(w: Any, bits: Any) -> jax.Array:
     return jnp.where(_unpacked(bits), w[...], jnp.zeros((), w.dtype))
 
 
-def _begin(total: Any) -> None:
-    @pl.when(pl.program_id(2) == 0)
-    def _() -> None:
-        total[...] = jnp.zeros(total.shape, total.dtype)
-
-
-def _is_last() -> jax.Array:
-    return pl.program_id(2) == pl.num_programs(2) - 1
-
-
 def _forward(x: Any, w: Any, bits: Any, out: Any, total: Any) -> None:
-    _begin(total)
+    begin(total)
     total[...] += dot(x[...], _kept(w, bits))
-
-    @pl.when(_is_last())
-    def _() -> None:
-        out[...] = total[...].astype(out.dtype)
+    finish(out, total)
 
 
 def _to_input(dy: Any, w: Any, bits: Any, out: Any, total: Any) -> None:
-    _begin(total)
+    begin(total)
     total[...] += dot(dy[...], _kept(w, bits).T)
-
-    @pl.when(_is_last())
-    def _() -> None:
-        out[...] = total[...].astype(out.dtype)
+    finish(out, total)
 
 
 def _to_weight(x: Any, dy: Any, bits: Any, out: Any, total: Any) -> None:
-    _begin(total)
+    begin(total)
     total[...] += dot(x[...].T, dy[...])
 
-    @pl.when(_is_last())
+    @pl.when(is_last())
     def _() -> None:
         kept = jnp.where(_unpacked(bits), total[...], 0.0)
         out[...] = kept.astype(out.dtype)

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from jaxcomp.kernels.forms import Kernel
-from jaxcomp.kernels.tiles import FLOATS, dot, largest_divisor, pad_rows, row_tile
+from jaxcomp.kernels.tiles import dot, largest_divisor, pad_rows, row_tile, unfit_dtype
 
 _TILES = (
     {"rows": 128, "columns": 128, "step": 16, "warps": 8, "stages": 3},
@@ -129,9 +129,7 @@ def _unfit(block: int, shape: tuple[int, ...], dtype: Any, bits: Any) -> str | N
         return f"the mask's block of {block} is no power of two from 128 on"
     if columns % _STEP:
         return f"{columns} outputs are no multiple of {_STEP}"
-    if dtype not in FLOATS:
-        return f"{dtype} is not float32, bfloat16 or float16"
-    return None
+    return unfit_dtype(dtype)
 
 
 def _kept(bits: jax.Array, plane: Any, values: jax.Array) -> jax.Array:

@@ -19,6 +19,7 @@ from jax.experimental.pallas import tpu
 from jaxcomp.kernels.forms import Kernel
 from jaxcomp.kernels.quantized.packed import Coding, parts_in_byte, steps
 from jaxcomp.kernels.tiles import dot, largest_divisor, pad_rows, row_tile
+from jaxcomp.kernels.tpu_tiles import LEAST_ROWS, SUMMED_LAST, begin, is_last, unfit_dtype
 
 _TILES = (
     {"rows": 256, "columns": 256, "depth": 1024},
@@ -26,11 +27,7 @@ _TILES = (
     {"rows": 16, "columns": 512, "depth": 2048},
     {"rows": 256, "columns": 512, "depth": 1024},
 )
-_FLOATS = (jnp.float32, jnp.bfloat16)
-# Rows of a tile, where there are few: bfloat16 lies in memory in sixteens.
-_LEAST = 16
 _LANES = 128
-_IN_ORDER = tpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
 
 
 def forward(coding: Coding) -> Kernel:
@@ -41,7 +38,7 @@ def forward(coding: Coding) -> Kernel:
         interpret: bool,
     ) -> jax.Array:  # fmt: skip
         parts, (inputs, width) = parts_in_byte(coding), codes.shape
-        tile, count = row_tile(rows, x.shape[0], _LEAST), x.shape[0]
+        tile, count = row_tile(rows, x.shape[0], LEAST_ROWS), x.shape[0]
         x, columns = pad_rows(x, tile), largest_divisor(columns, width)
         depth = largest_divisor(depth, inputs)
         by_group = pl.BlockSpec((parts, scale.shape[0], columns), lambda i, j, k: (0, 0, j))
@@ -57,7 +54,7 @@ def forward(coding: Coding) -> Kernel:
             ],
             out_specs=pl.BlockSpec((parts, tile, columns), lambda i, j, k: (0, i, j)),
             scratch_shapes=[tpu.VMEM((parts, tile, columns), jnp.float32)],
-            compiler_params=_IN_ORDER,
+            compiler_params=SUMMED_LAST,
             interpret=interpret,
             name="quantized_matmul",
         )(x, codes, *(_parted(each, parts) for each in (scale, *zero)))
@@ -74,7 +71,7 @@ def to_input(coding: Coding) -> Kernel:
         interpret: bool,
     ) -> jax.Array:  # fmt: skip
         parts, (inputs, width) = parts_in_byte(coding), codes.shape
-        tile, count = row_tile(rows, dy.shape[0], _LEAST), dy.shape[0]
+        tile, count = row_tile(rows, dy.shape[0], LEAST_ROWS), dy.shape[0]
         left = jnp.moveaxis(pad_rows(dy, tile).reshape(-1, width, parts), -1, 0)
         columns, depth = largest_divisor(columns, width), largest_divisor(depth, inputs)
         by_group = pl.BlockSpec((parts, scale.shape[0], columns), lambda i, j, k: (0, 0, k))
@@ -90,7 +87,7 @@ def to_input(coding: Coding) -> Kernel:
             ],
             out_specs=pl.BlockSpec((tile, depth), lambda i, j, k: (i, j)),
             scratch_shapes=[tpu.VMEM((tile, depth), jnp.float32)],
-            compiler_params=_IN_ORDER,
+            compiler_params=SUMMED_LAST,
             interpret=interpret,
             name="quantized_matmul_to_input",
         )(left, codes, *(_parted(each, parts) for each in (scale, *zero)))
@@ -112,8 +109,7 @@ def unfit(coding: Coding, x: Any, codes: Any, scale: Any, *zero: Any) -> str | N
         return f"groups of {size} inputs are neither a multiple nor a part of {_LANES}"
     if coding.outputs % columns:
         return f"{coding.outputs} outputs are no multiple of {columns}"
-    wrong = [str(each.dtype) for each in (x, scale) if each.dtype not in _FLOATS]
-    return f"{wrong[0]} is neither float32 nor bfloat16" if wrong else None
+    return unfit_dtype(x.dtype, scale.dtype)
 
 
 def _parted(array: jax.Array, parts: int) -> jax.Array:
@@ -126,7 +122,7 @@ def _forward(x: Any, codes: Any, scale: Any, *others: Any, coding: Coding, input
     *zero, out, total = others
     k, depth, groups = pl.program_id(2), codes.shape[0], scale.shape[1]
     size = inputs // groups
-    _begin(total)
+    begin(total)
     if size < _LANES:
         for part in range(out.shape[0]):
             right = _scaled(coding, codes[...], scale, zero, part, k * (depth // size), size)
@@ -139,7 +135,7 @@ def _forward(x: Any, codes: Any, scale: Any, *others: Any, coding: Coding, input
                 sums = dot(left, right.astype(left.dtype))
                 total[part] += sums if groups == 1 else sums * scale[part, group, :]
 
-    @pl.when(_is_last())
+    @pl.when(is_last())
     def _() -> None:
         whole = total[...] if groups > 1 else total[...] * scale[...]
         out[...] = (whole * coding.unit).astype(out.dtype)
@@ -148,7 +144,7 @@ def _forward(x: Any, codes: Any, scale: Any, *others: Any, coding: Coding, input
 def _to_input(dy: Any, codes: Any, scale: Any, *others: Any, coding: Coding, inputs: int) -> None:
     *zero, out, total = others
     j, depth, size = pl.program_id(1), codes.shape[0], inputs // scale.shape[1]
-    _begin(total)
+    begin(total)
     for part in range(dy.shape[0]):
         left = dy[part]
         if size < _LANES:
@@ -160,19 +156,9 @@ def _to_input(dy: Any, codes: Any, scale: Any, *others: Any, coding: Coding, inp
             right = counted * scale[part, group, :]
             total[:, rows] += dot(left, right.astype(left.dtype).T)
 
-    @pl.when(_is_last())
+    @pl.when(is_last())
     def _() -> None:
         out[...] = (total[...] * coding.unit).astype(out.dtype)
-
-
-def _begin(total: Any) -> None:
-    @pl.when(pl.program_id(2) == 0)
-    def _() -> None:
-        total[...] = jnp.zeros(total.shape, total.dtype)
-
-
-def _is_last() -> jax.Array:
-    return pl.program_id(2) == pl.num_programs(2) - 1
 
 
 def _runs(first: Any, depth: int, size: int) -> Iterator[tuple[slice, Any]]:

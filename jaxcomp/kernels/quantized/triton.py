@@ -16,7 +16,7 @@ from jax.experimental.pallas import triton
 
 from jaxcomp.kernels.forms import Kernel
 from jaxcomp.kernels.quantized.packed import Coding, parts_in_byte
-from jaxcomp.kernels.tiles import FLOATS, dot, largest_divisor, pad_rows, row_tile
+from jaxcomp.kernels.tiles import dot, largest_divisor, pad_rows, row_tile, unfit_dtype
 
 # Outputs of a matrix, and of a device's part of it, are a multiple of this.
 COLUMNS = 64
@@ -121,8 +121,7 @@ def unfit(coding: Coding, x: Any, codes: Any, scale: Any, *zero: Any) -> str | N
         return f"{inputs} inputs in {groups} groups are no multiples of 16"
     if coding.outputs % COLUMNS:
         return f"{coding.outputs} outputs are no multiple of {COLUMNS}"
-    wrong = [str(each.dtype) for each in (x, scale) if each.dtype not in FLOATS]
-    return f"{wrong[0]} is not float32, bfloat16 or float16" if wrong else None
+    return unfit_dtype(x.dtype, scale.dtype)
 
 
 def _splits(most: int, inputs: int, groups: int, step: int) -> int:

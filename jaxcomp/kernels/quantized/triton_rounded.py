@@ -16,7 +16,7 @@ from jax.experimental.pallas import triton
 from jaxcomp.arrays.bits import unpack_bits
 from jaxcomp.kernels.forms import Kernel
 from jaxcomp.kernels.quantized.packed import Coding, values
-from jaxcomp.kernels.tiles import FLOATS, largest_divisor, pad_rows, row_tile
+from jaxcomp.kernels.tiles import largest_divisor, pad_rows, row_tile, unfit_dtype
 
 _TILES = (
     {"rows": 128, "columns": 128, "step": 128, "warps": 8, "stages": 3},
@@ -69,8 +69,7 @@ def unfit(coding: Coding, dtype: Any, x: Any, codes: Any, scale: Any, *others: A
     for name, size in (("inputs", codes.shape[0]), ("outputs", coding.outputs)):
         if size % MULTIPLE:
             return f"{size} {name} are no multiple of {MULTIPLE}"
-    wrong = [str(each) for each in (dtype, scale.dtype) if each not in FLOATS]
-    return f"{wrong[0]} is not float32, bfloat16 or float16" if wrong else None
+    return unfit_dtype(dtype, scale.dtype)
 
 
 def _forward(

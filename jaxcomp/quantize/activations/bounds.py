@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxcomp.kernels.arithmetic import widen
 from jaxcomp.quantize.affine import fake_quant
-from jaxcomp.quantize.arithmetic import widen
 from jaxcomp.quantize.formats import AnyFormat, Format, PerChannel, PerTensor
 from jaxcomp.quantize.steps import scales_of
 

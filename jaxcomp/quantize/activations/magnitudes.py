@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcomp import sharding as sharding_lib
+from jaxcomp.kernels.arithmetic import widen
 from jaxcomp.model.statistics import Total, histogram
 from jaxcomp.quantize.activations.bounds import Bounds, is_symmetric
-from jaxcomp.quantize.arithmetic import widen
 from jaxcomp.quantize.entropy import least_divergence
 from jaxcomp.quantize.formats import AnyFormat
 from jaxcomp.quantize.ranges import Entropy, MeanSquare, Percentile

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from jaxcomp.quantize.arithmetic import TINY
+from jaxcomp.kernels.arithmetic import TINY
 from jaxcomp.quantize.formats import Format
 from jaxcomp.quantize.rate.coded import Coded, step_of
 from jaxcomp.quantize.rate.density import magnitude_bits, nonzero_bits

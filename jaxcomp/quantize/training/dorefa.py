@@ -13,9 +13,9 @@ from jaxtyping import Array, Float
 from jaxcomp.arrays import CompressedArray
 from jaxcomp.arrays.blocks import merge_blocks, split_blocks
 from jaxcomp.compression import Compression
+from jaxcomp.kernels.arithmetic import quotient, widen
 from jaxcomp.model.trace import ModelTrace
 from jaxcomp.quantize.affine import find_codes, from_codes, leaf_of
-from jaxcomp.quantize.arithmetic import quotient, widen
 from jaxcomp.quantize.formats import Format
 from jaxcomp.quantize.scales import Scales, find_scales
 from jaxcomp.quantize.training.leafwise import (

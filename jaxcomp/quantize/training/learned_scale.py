@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Shaped
 
 from jaxcomp.arrays.blocks import wide_scale
-from jaxcomp.quantize.arithmetic import TINY
+from jaxcomp.kernels.arithmetic import TINY
 from jaxcomp.quantize.formats import Format
 from jaxcomp.quantize.scales import scales_of
 
