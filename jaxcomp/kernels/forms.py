@@ -1,7 +1,8 @@
 """Which form of an operation runs: XLA's, or a kernel of our own where the platform has one.
 
 An operation has an ``xla`` form, which runs everywhere, and forms written with Pallas: ``triton``
-for NVIDIA's chips, ``mosaic_tpu`` for Google's. They compute the same.
+for NVIDIA's chips, ``mosaic_gpu`` for Hopper alone, ``mosaic_tpu`` for Google's. They compute the
+same.
 """
 
 import functools
@@ -15,8 +16,9 @@ from jax import lax
 
 from jaxcomp.kernels.tables import IMPLEMENTATIONS, Row, note, row_for
 
-# The platforms as JAX lowers for them, and the forms written for each, the best first.
-PLATFORMS = {"cuda": ("triton",), "tpu": ("mosaic_tpu",)}
+# The platforms as JAX lowers for them, and the forms written for each: the first that takes the
+# arrays is taken where none was measured.
+PLATFORMS = {"cuda": ("triton", "mosaic_gpu"), "tpu": ("mosaic_tpu",)}
 
 
 class Kernel(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-IMPLEMENTATIONS = ("xla", "triton", "mosaic_tpu")
+IMPLEMENTATIONS = ("xla", "triton", "mosaic_gpu", "mosaic_tpu")
 _VERSION = 1
 
 

@@ -3,9 +3,14 @@
 Run as ``python kernel_programs.py tpu|cuda TARGET_CONFIG``, in a process of its own.
 """
 
+import dataclasses
 import json
+import os
+import pathlib
 import re
 import sys
+import tempfile
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -57,7 +62,7 @@ FORMATS = {
 ROUNDINGS = {"rounded": Rounding(8), "rounded-groups": Rounding(4, blocks=((32, -2),))}
 
 
-def cases() -> dict[str, Case]:
+def cases(platform: str) -> dict[str, Case]:
     """The programs by name; the matrix of each has 4096 inputs."""
     found: dict[str, Case] = {}
     for rows in (16, 2048):
@@ -90,6 +95,14 @@ def cases() -> dict[str, Case]:
             values = jax.ShapeDtypeStruct((blocks[0] * blocks[1] // 10, 128, 128), jnp.bfloat16)
             sparse = BlockSparseArray(bits, values, (128, 128), blocks[1])
             found[f"blocks {size}"] = Case(block_sparse_matmul, (x, sparse), 1)
+            if platform == "cuda":
+                hopper = partial(block_sparse_matmul, implementation="mosaic_gpu")
+                found[f"blocks-hopper {size}"] = Case(hopper, (x, sparse), 1)
+                trained = lambda x, values, bits, run=hopper, leaf=sparse: run(
+                    x, dataclasses.replace(leaf, values=values, mask=bits)
+                )
+                arguments = (x, values, bits)
+                found[f"blocks-hopper gradients {size}"] = Case(gradients(trained), arguments, 3)
     return found
 
 
@@ -114,11 +127,10 @@ def facts(function: Any, arguments: Any, compiled: Any) -> dict[str, Any]:
     body = re.sub(r"custom-call\((.*?ConcatBitcast)", r"ConcatBitcast(\1", body)
     made = re.findall(r"= (\w+)\[([\d,]*)\][^=]*? ([\w-]+)\(", body)
     results = jax.tree.leaves(jax.eval_shape(function, *arguments))
+    ours = r"tpu_custom_call|__gpu\$xla.gpu.triton|mosaic_gpu_v2"
     return {
         "temporary": compiled.memory_analysis().temp_size_in_bytes,
-        "kernels": len(
-            re.findall(r'custom_call_target="(?:tpu_custom_call|__gpu\$xla.gpu.triton)"', text)
-        ),
+        "kernels": len(re.findall(f'custom_call_target="(?:{ours})"', text)),
         "results": [list(leaf.shape) for leaf in results],
         "made": [
             [dtype, [int(size) for size in shape.split(",") if size], operation]
@@ -128,7 +140,25 @@ def facts(function: Any, arguments: Any, compiled: Any) -> dict[str, Any]:
     }
 
 
+def products_of_warps(folder: pathlib.Path) -> tuple[int, int]:
+    """How many of the GPU's kernels multiply a warpgroup at a time, and how many a warp at a time.
+
+    Hopper's tensor cores reach their rate only with the first.
+    """
+    texts = [path.read_text() for path in folder.glob("*.ptx")]
+    for path in folder.iterdir():
+        path.unlink()
+    return sum("wgmma.mma_async" in text for text in texts), sum("mma.sync" in t for t in texts)
+
+
 def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        if sys.argv[1] == "cuda":
+            os.environ["XLA_FLAGS"] = f"--xla_dump_to={folder} --xla_dump_hlo_as_text=false"
+        print(json.dumps(told(pathlib.Path(folder))))
+
+
+def told(folder: pathlib.Path) -> dict[str, Any]:
     if sys.argv[1] == "tpu":
         topology = topologies.get_topology_desc(platform="tpu", topology_name=sys.argv[2])
     else:
@@ -136,11 +166,12 @@ def main() -> None:
             platform="cuda", topology_name="1x1x1", topology="1x1x1", target_config=sys.argv[2]
         )
     chip = jax.sharding.SingleDeviceSharding(topology.devices[0])
-    told = {}
-    for name, (function, arguments, kernels) in cases().items():
+    found = {}
+    for name, (function, arguments, kernels) in cases(sys.argv[1]).items():
         compiled = jax.jit(function).lower(*shapes_on(chip, arguments)).compile()
-        told[name] = facts(function, arguments, compiled) | {"expected": kernels}
-    print(json.dumps(told))
+        found[name] = facts(function, arguments, compiled) | {"expected": kernels}
+        found[name]["warpgroups"], found[name]["warps"] = products_of_warps(folder)
+    return found
 
 
 if __name__ == "__main__":

@@ -54,4 +54,13 @@ def test_memory_beside_arguments_and_results_is_the_activations(chip):
         parts = 4096 * outputs // 8 if name.startswith(PACKED) and rows == 16 else 0
         # Scales that are small floats themselves are widened.
         scales = 4 * {"mxfp4": 128, "nvfp4": 256}.get(name.split()[0], 0) * outputs
-        assert found["temporary"] <= allowed + searched + parts + scales, name
+        # A warpgroup computes 64 rows at least, of which the few are taken; and lists of blocks.
+        rest = 2 * 64 * outputs + (1 << 13) if "hopper" in name and rows == 16 else 0
+        assert found["temporary"] <= allowed + searched + parts + scales + rest, name
+
+
+def test_products_of_many_rows_are_those_of_warpgroups():
+    for name, found in told("H100").items():
+        # What XLA makes of a gradient is its own; Mosaic's code is not among what XLA writes out.
+        if " 2048x" in name and "gradients" not in name and "hopper" not in name:
+            assert (found["warpgroups"], found["warps"]) == (1, 0), name

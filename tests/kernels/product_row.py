@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -18,6 +19,7 @@ class Product(NamedTuple):
         floats: what is differentiated, taken out of the weight.
         rounded: how ``x`` is rounded before it is multiplied, in NumPy; None: not at all.
         forms: Pallas forms, besides ``xla``.
+        dtypes: of activations and weight that they take; the first is what most tests take.
         fits: sizes ``(inputs, outputs)`` that all forms take.
         odd: sizes that only ``xla`` takes.
     """
@@ -29,6 +31,7 @@ class Product(NamedTuple):
     trained: Callable[[Any, Any], Any] | None = None
     rounded: Callable[[np.ndarray], np.ndarray] | None = None
     forms: tuple[str, ...] = ("triton", "mosaic_tpu")
+    dtypes: tuple[Any, ...] = (jnp.float32, jnp.bfloat16)
     fits: tuple[int, int] = (512, 256)
     odd: tuple[tuple[int, int], ...] = ((1, 1), (3, 5), (257, 130))
 

@@ -23,14 +23,19 @@ def _blocks(rng: np.random.Generator, inputs: int, outputs: int, dtype: Any) -> 
     return BlockSparseArray.encode(dense, block, jnp.asarray(mask))
 
 
+_PRODUCT = Product(
+    _blocks,
+    lambda x, weight, implementation=None: block_sparse_matmul(
+        x, weight, implementation=implementation
+    ),
+    lambda weight: exact(weight.decode()),
+    lambda weight: weight.values,
+    lambda weight, floats: dataclasses.replace(weight, values=floats),
+)
 BLOCK_SPARSE = {
-    "block_sparse": Product(
-        _blocks,
-        lambda x, weight, implementation=None: block_sparse_matmul(
-            x, weight, implementation=implementation
-        ),
-        lambda weight: exact(weight.decode()),
-        lambda weight: weight.values,
-        lambda weight, floats: dataclasses.replace(weight, values=floats),
+    "block_sparse": _PRODUCT,
+    # What Hopper's tensor cores take.
+    "block_sparse_half": _PRODUCT._replace(
+        forms=("mosaic_gpu",), dtypes=(jnp.bfloat16, jnp.float16)
     ),
 }

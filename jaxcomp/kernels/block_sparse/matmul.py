@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from jaxcomp.arrays.bits import unpack_bits_host
 from jaxcomp.arrays.block_sparse import BlockSparseArray
-from jaxcomp.kernels.block_sparse import tpu, triton, xla
+from jaxcomp.kernels.block_sparse import mosaic_gpu, tpu, triton, xla
 from jaxcomp.kernels.forms import Kernel, choose
 from jaxcomp.kernels.placed import Axes, explicit, placed
 
@@ -41,8 +41,9 @@ def block_sparse_matmul(
     Args:
         x: activations, ``(*rows, inputs)``.
         weight: a matrix ``(inputs, outputs)``, in blocks of any size.
-        implementation: ``"xla"``, ``"triton"``, ``"mosaic_tpu"``, or None for the best on the
-            platform; static.
+        implementation: ``"xla"``, ``"triton"``, ``"mosaic_gpu"`` (Hopper; bfloat16 or float16),
+            ``"mosaic_tpu"``, or None for what :func:`tuned` says, or the platform's first that
+            fits; static.
 
     Returns:
         ``(*rows, outputs)``, summed in float32 (float64 for float64), in the dtype that ``x`` and
@@ -151,5 +152,5 @@ def _kernels(kind: str) -> dict[str, Kernel]:
         run = lambda *arrays, **how: placed(partial(kernel.run, **how), _AXES[kind])(*arrays)
         return kernel._replace(run=run)
 
-    forms = {"triton": triton, "mosaic_tpu": tpu}
+    forms = {"triton": triton, "mosaic_gpu": mosaic_gpu, "mosaic_tpu": tpu}
     return {name: on_a_mesh(getattr(form, kind)()) for name, form in forms.items()}
