@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 from typing import Any, cast
 
 import jax
@@ -43,6 +44,42 @@ def test_each_operation_of_a_gradient_is_measured_once(tmp_path):
     assert other.rows[:3] == table.rows
     assert len(other.rows) == 4
     assert not list(tmp_path.glob("*.part"))
+
+
+def _tuned_on_a_cpu(monkeypatch, kernel, *factors):
+    """The row of an operation of a chip that a CPU plays; XLA's form is made slow."""
+    monkeypatch.setattr("jaxcomp.kernels.forms.PLATFORMS", {"cpu": ("triton",)})
+    monkeypatch.setattr("jaxcomp.kernels.tuning.PLATFORMS", {"cpu": ("triton",)})
+    slow = lambda x: 2 * x + 1e-9 * jnp.linalg.matrix_power(jnp.outer(x, x) / x.size, 9).sum()
+    tiles = tuple({"thousandths": factor} for factor in factors)
+    kernels = {"triton": Kernel(kernel, lambda x: None, tiles)}
+    return tune(lambda x: choose("double", slow, kernels, (x,)), jnp.ones(300), repeats=3).rows[0]
+
+
+@pytest.mark.parametrize("wrong", [2100, 0])
+def test_a_form_that_computes_something_else_is_not_taken(monkeypatch, wrong):
+    # No thousandths are no number.
+    kernel = lambda x, *, thousandths, interpret: x * ((thousandths or np.nan) / 1000)
+    with pytest.warns(UserWarning, match=r"double, triton \{'thousa.*computes other numbers"):
+        row = _tuned_on_a_cpu(monkeypatch, kernel, wrong, 2001)
+    assert (row.implementation, row.tile) == ("triton", (("thousandths", 2001),))
+    with pytest.warns(UserWarning, match="not taken"):
+        assert _tuned_on_a_cpu(monkeypatch, kernel, wrong).implementation == "xla"
+
+
+def test_a_form_of_which_no_tile_runs_is_told_of(monkeypatch):
+    def kernel(x, *, thousandths, interpret):
+        # As when it is measured; a compiler fails later than a function is traced.
+        if interpret and thousandths > 2000:
+            raise ValueError("too much shared memory")
+        return x * 2
+
+    with pytest.warns(UserWarning, match="no tile of it runs on this chip: too much shared"):
+        assert _tuned_on_a_cpu(monkeypatch, kernel, 2001, 2002).implementation == "xla"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        row = _tuned_on_a_cpu(monkeypatch, kernel, 2001, 2000)
+    assert row.tile == (("thousandths", 2000),)
 
 
 def test_a_function_without_operations_is_an_error():
@@ -94,7 +131,9 @@ def test_falling_back_is_said_once(monkeypatch):
     run = lambda: choose("said once", lambda x: 2 * x, kernels, (jnp.ones(2),))
     with pytest.warns(UserWarning, match="said once runs as XLA compiles it: triton: 2 is too few"):
         run()
-    run()  # A warning would be an error here.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run()
 
 
 @pytest.mark.parametrize(
