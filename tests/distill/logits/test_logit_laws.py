@@ -128,7 +128,9 @@ class TestLaws:
     def test_dist_is_between_zero_and_four_and_symmetric(self, student, teacher):
         mean = np.asarray(dist_loss(student, teacher)).mean()
         assert -1e-5 <= mean <= 4 + 1e-5
-        np.testing.assert_allclose(mean, np.asarray(dist_loss(teacher, student)).mean(), rtol=1e-5)
+        turned = np.asarray(dist_loss(teacher, student)).mean()
+        # Correlations near one are taken from one.
+        np.testing.assert_allclose(mean, turned, rtol=1e-5, atol=1e-6)
 
     def test_dist_of_equal_logits_is_zero_and_knows_no_constants(self):
         student, teacher = logits(4, 6)
