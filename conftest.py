@@ -24,11 +24,9 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # Otherwise where the cache lies is part of every key in it, and a moved or copied one is never hit.
 os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"
 
-from jaxtyping import install_import_hook
+from tests import typechecker
 
-import tests.typechecker  # noqa: F401
-
-install_import_hook("jaxcomp", "tests.typechecker.check")
+typechecker.install("jaxcomp")
 
 import jax  # noqa: E402
 from hypothesis import settings  # noqa: E402
