@@ -59,6 +59,20 @@ def test_memory_beside_arguments_and_results_is_the_activations(chip):
         assert found["temporary"] <= allowed + searched + parts + scales + rest, name
 
 
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_what_kernels_cost_is_told_to_the_compiler(chip):
+    """Which plans transfers around them. For a GPU it tells nothing of what it compiled."""
+    for name, found in told(chip).items():
+        rows, outputs = (int(size) for size in name.split()[-1].split("x"))
+        products = rows * 4096 * outputs
+        if name.startswith("blocks"):
+            products = rows * (4096 // 128 * outputs // 128 // 10) * 128**2
+        flops = 2 * products * (3 if "gradients" in name else 1)
+        # Scales, roundings and rows that fill a tile cost something, too.
+        assert flops <= found["flops"] <= 1.3 * flops + 30 * 4096 * outputs, name
+        assert found["bytes"] > 0, name
+
+
 def test_products_of_many_rows_are_those_of_warpgroups():
     for name, found in told("H100").items():
         # What XLA makes of a gradient is its own; Mosaic's code is not among what XLA writes out.

@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu
 from jaxcomp.kernels.block_sparse.places import FIRST, KEPT, LAST, Steps, places, steps, stored
 from jaxcomp.kernels.forms import Kernel
 from jaxcomp.kernels.tiles import dot, pad_rows, row_tile
-from jaxcomp.kernels.tpu_tiles import LEAST_ROWS, begin, is_last, unfit_dtype
+from jaxcomp.kernels.tpu_tiles import LEAST_ROWS, begin, cost, is_last, unfit_dtype
 
 _TILES = ({"rows": 512}, {"rows": 1024}, {"rows": 256})
 # Lists lie in scalar memory, blocks in fast memory.
@@ -51,11 +51,13 @@ def to_values() -> Kernel:
             out_specs=pl.BlockSpec((1, k, c), lambda n, r, rows, columns: (n, 0, 0)),
             scratch_shapes=[tpu.VMEM((k, c), jnp.float32)],
         )
+        shape = jax.ShapeDtypeStruct(values.shape, jnp.result_type(x, dy))
         made = pl.pallas_call(
             _to_values,
-            jax.ShapeDtypeStruct(values.shape, jnp.result_type(x, dy)),
+            shape,
             grid_spec=specs,
             compiler_params=_IN_ORDER,
+            cost_estimate=cost(x.shape[0] * values.size, (x, dy), shape),
             interpret=interpret,
             name="block_sparse_matmul_to_values",
         )(jnp.minimum(at.rows, keep.shape[0] - 1), at.columns, x, dy)
@@ -116,11 +118,13 @@ def _over(
         ),
         scratch_shapes=[tpu.VMEM((tile, side), jnp.float32)],
     )
+    shape = jax.ShapeDtypeStruct((x.shape[0], lines * side), jnp.result_type(x, values))
     y = pl.pallas_call(
         partial(_summed, product),
-        jax.ShapeDtypeStruct((x.shape[0], lines * side), jnp.result_type(x, values)),
+        shape,
         grid_spec=specs,
         compiler_params=_IN_ORDER,
+        cost_estimate=cost(x.shape[0] * values.size, (x, values), shape),
         interpret=interpret,
         name=name,
     )(*along, x, values)

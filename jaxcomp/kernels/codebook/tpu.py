@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu
 from jaxcomp.kernels.codebook.lookup import choose_by_bits, part_of_indices
 from jaxcomp.kernels.forms import Kernel
 from jaxcomp.kernels.tiles import dot, largest_divisor, pad_rows, row_tile
-from jaxcomp.kernels.tpu_tiles import LEAST_ROWS, SUMMED_LAST, begin, finish, unfit_dtype
+from jaxcomp.kernels.tpu_tiles import LEAST_ROWS, SUMMED_LAST, begin, cost, finish, unfit_dtype
 
 # Bytes of a row of the matrix, and of a device's part of it, are a multiple of this.
 WIDTH = 128
@@ -42,9 +42,10 @@ def forward(bits: int) -> Kernel:
         x, depth = pad_rows(x, tile), largest_divisor(depth, inputs)
         # As many outputs for indices of any size.
         width = largest_divisor(max(WIDTH, width * 2 // parts), whole // groups)
+        shape = jax.ShapeDtypeStruct((parts, x.shape[0], whole), jnp.result_type(x, codebook))
         out = pl.pallas_call(
             partial(_forward, bits=bits, each=whole // groups // width),
-            jax.ShapeDtypeStruct((parts, x.shape[0], whole), jnp.result_type(x, codebook)),
+            shape,
             grid=(x.shape[0] // tile, whole // width, inputs // depth),
             in_specs=[
                 pl.BlockSpec((tile, depth), lambda i, j, k: (i, k)),
@@ -54,6 +55,7 @@ def forward(bits: int) -> Kernel:
             out_specs=pl.BlockSpec((parts, tile, width), lambda i, j, k: (0, i, j)),
             scratch_shapes=[tpu.VMEM((parts, tile, width), jnp.float32)],
             compiler_params=SUMMED_LAST,
+            cost_estimate=cost(x.size * whole * parts, (x, packed, codebook), shape),
             interpret=interpret,
             name="codebook_matmul",
         )(x, packed, codebook.astype(jnp.float32))

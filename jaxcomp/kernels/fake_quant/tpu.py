@@ -20,7 +20,7 @@ from jaxcomp.kernels.fake_quant.rounding import (
 )
 from jaxcomp.kernels.forms import Kernel
 from jaxcomp.kernels.tiles import dot, largest_divisor, pad_rows, row_tile
-from jaxcomp.kernels.tpu_tiles import LEAST_ROWS, SUMMED_LAST, begin, finish, unfit_dtype
+from jaxcomp.kernels.tpu_tiles import LEAST_ROWS, SUMMED_LAST, begin, cost, finish, unfit_dtype
 
 _TILES = (
     {"rows": 256, "block": 512, "columns": 256},
@@ -113,14 +113,16 @@ def _summed(
 
     groups = max(1, block // group)
     scale_spec = pl.BlockSpec((groups, 1, columns), of_group)
+    out = jax.ShapeDtypeStruct((x.shape[0], w.shape[0] if transposed else w.shape[1]), x.dtype)
     return pl.pallas_call(
         partial(_kernel, transposed, rounding, clipped),
-        jax.ShapeDtypeStruct((x.shape[0], w.shape[0] if transposed else w.shape[1]), x.dtype),
+        out,
         grid=(x.shape[0] // tile[0], *steps),
         in_specs=[*specs, *[scale_spec] * len(grouped)],
         out_specs=pl.BlockSpec(tile, lambda i, j, k: (i, j)),
         scratch_shapes=[tpu.VMEM(tile, jnp.float32)],
         compiler_params=SUMMED_LAST,
+        cost_estimate=cost(x.shape[0] * w.size, (x, w, *grouped), out),
         interpret=interpret,
         name="fake_quant_matmul_to_input" if transposed else "fake_quant_matmul",
     )(x, w, *(each[:, None] for each in grouped))

@@ -14,7 +14,15 @@ from jax.experimental.pallas import tpu
 
 from jaxcomp.kernels.forms import Kernel
 from jaxcomp.kernels.tiles import dot, largest_divisor, pad_rows, row_tile
-from jaxcomp.kernels.tpu_tiles import LEAST_ROWS, SUMMED_LAST, begin, finish, is_last, unfit_dtype
+from jaxcomp.kernels.tpu_tiles import (
+    LEAST_ROWS,
+    SUMMED_LAST,
+    begin,
+    cost,
+    finish,
+    is_last,
+    unfit_dtype,
+)
 
 _TILES = (
     {"rows": 256, "columns": 256},
@@ -115,15 +123,16 @@ def _summed(
     name: str,
 ) -> jax.Array:
     """A kernel over a grid whose last axis is summed over, in float32."""
-    dtype = jnp.result_type(*arrays[:2])
+    out = jax.ShapeDtypeStruct(shape, jnp.result_type(*arrays[:2]))
     return pl.pallas_call(
         kernel,
-        jax.ShapeDtypeStruct(shape, dtype),
+        out,
         grid=grid,
         in_specs=specs,
         out_specs=pl.BlockSpec(tile, lambda i, j, k: (i, j)),
         scratch_shapes=[tpu.VMEM(tile, jnp.float32)],
         compiler_params=SUMMED_LAST,
+        cost_estimate=cost(arrays[0].size * shape[1], arrays, out),
         interpret=interpret,
         name=name,
     )(*arrays)

@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu
 from jaxcomp.kernels.forms import Kernel
 from jaxcomp.kernels.quantized.packed import Coding, parts_in_byte, steps
 from jaxcomp.kernels.tiles import dot, largest_divisor, pad_rows, row_tile
-from jaxcomp.kernels.tpu_tiles import LEAST_ROWS, SUMMED_LAST, begin, is_last, unfit_dtype
+from jaxcomp.kernels.tpu_tiles import LEAST_ROWS, SUMMED_LAST, begin, cost, is_last, unfit_dtype
 
 _TILES = (
     {"rows": 256, "columns": 256, "depth": 1024},
@@ -42,9 +42,10 @@ def forward(coding: Coding) -> Kernel:
         x, columns = pad_rows(x, tile), largest_divisor(columns, width)
         depth = largest_divisor(depth, inputs)
         by_group = pl.BlockSpec((parts, scale.shape[0], columns), lambda i, j, k: (0, 0, j))
+        shape = jax.ShapeDtypeStruct((parts, x.shape[0], width), x.dtype)
         out = pl.pallas_call(
             partial(_forward, coding=coding, inputs=inputs),
-            jax.ShapeDtypeStruct((parts, x.shape[0], width), x.dtype),
+            shape,
             grid=(x.shape[0] // tile, width // columns, inputs // depth),
             in_specs=[
                 pl.BlockSpec((tile, depth), lambda i, j, k: (i, k)),
@@ -55,6 +56,7 @@ def forward(coding: Coding) -> Kernel:
             out_specs=pl.BlockSpec((parts, tile, columns), lambda i, j, k: (0, i, j)),
             scratch_shapes=[tpu.VMEM((parts, tile, columns), jnp.float32)],
             compiler_params=SUMMED_LAST,
+            cost_estimate=cost(shape.size * inputs, (x, codes, scale, *zero), shape),
             interpret=interpret,
             name="quantized_matmul",
         )(x, codes, *(_parted(each, parts) for each in (scale, *zero)))
@@ -75,9 +77,10 @@ def to_input(coding: Coding) -> Kernel:
         left = jnp.moveaxis(pad_rows(dy, tile).reshape(-1, width, parts), -1, 0)
         columns, depth = largest_divisor(columns, width), largest_divisor(depth, inputs)
         by_group = pl.BlockSpec((parts, scale.shape[0], columns), lambda i, j, k: (0, 0, k))
+        shape = jax.ShapeDtypeStruct((left.shape[1], inputs), dy.dtype)
         out = pl.pallas_call(
             partial(_to_input, coding=coding, inputs=inputs),
-            jax.ShapeDtypeStruct((left.shape[1], inputs), dy.dtype),
+            shape,
             grid=(left.shape[1] // tile, inputs // depth, width // columns),
             in_specs=[
                 pl.BlockSpec((parts, tile, columns), lambda i, j, k: (0, i, k)),
@@ -88,6 +91,7 @@ def to_input(coding: Coding) -> Kernel:
             out_specs=pl.BlockSpec((tile, depth), lambda i, j, k: (i, j)),
             scratch_shapes=[tpu.VMEM((tile, depth), jnp.float32)],
             compiler_params=SUMMED_LAST,
+            cost_estimate=cost(left.size * inputs, (left, codes, scale, *zero), shape),
             interpret=interpret,
             name="quantized_matmul_to_input",
         )(left, codes, *(_parted(each, parts) for each in (scale, *zero)))
