@@ -248,6 +248,31 @@ def test_what_is_rounded_otherwise_than_a_kernel_can_is_left_as_it_is():
         np.testing.assert_array_equal(jax.jit(run)(w, x), jax.jit(other)(w, x))
 
 
+@pytest.mark.parametrize(
+    ("method", "product", "reason"),
+    [
+        (quantize.train(Format(4), begin=5), jnp.matmul, "from the first step on"),
+        (quantize.learned_step(Format(4)), jnp.matmul, "from the first step on"),
+        (quantize.train(quantize.mxfp4()), jnp.matmul, "round them to a Format"),
+        (quantize.train(Format(4)), lambda x, w: x @ w.reshape(32, 64).T, "layout changed"),
+        (quantize.train(Format(4)), lambda x, w: jnp.einsum("io,bi->ob", w, x), "left operand"),
+    ],
+    ids=["later", "learned steps", "another grid", "turned", "on the left"],
+)
+def test_a_weight_that_is_compressed_otherwise_is_left_with_the_reason(method, product, reason):
+    params = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(64, 32)), jnp.float32)}
+    opt_state = jaxcomp.wrap_optimizer(optax.sgd(0.1), method).init(params)
+
+    def apply_fn(params, x):
+        return product(x, jaxcomp.compressed(params, opt_state)["kernel"])
+
+    model, x = accelerate(apply_fn), jnp.ones((4, 64))
+    told = model.describe(params, x)
+    assert reason in told
+    assert "_matmul" not in told
+    np.testing.assert_array_equal(model(params, x), apply_fn(params, x))
+
+
 def test_stacked_layers_in_a_loop_are_read_slice_by_slice():
     rng = np.random.default_rng(2)
     stack = jnp.asarray(rng.normal(size=(3, 16, 16)), jnp.float32)

@@ -32,6 +32,12 @@ _CONV = (
     *("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers"),
     "feature_group_count",
 )
+_LAYOUTS = frozenset(
+    (
+        *("broadcast_in_dim", "convert_element_type", "copy", "reshape", "rev", "slice", "squeeze"),
+        "transpose",
+    )
+)
 # Bodies that hand nothing around.
 _INLINE = frozenset({"custom_jvp_call", "custom_vjp_call", "remat2", "checkpoint"})
 
@@ -211,7 +217,7 @@ def _of_dense(op: Op, block: Block, bodies: Any) -> Planned | None:
         inside = made.name in tapped.RULES and through is not None
         reads = _masked_inside(made) if inside else _masked(made, makers)
     if reads is None:
-        return None
+        return _check_none(op, makers, through)
     if op.name == "dot_general":
         _check_dot(op, 1, bodies)
     elif op.params["batch_group_count"] != 1:
@@ -226,6 +232,24 @@ def _of_dense(op: Op, block: Block, bodies: Any) -> Planned | None:
     kind = "matmul" if op.name == "dot_general" else "conv"
     name = f"masked_{kind}" if rounding is None else f"fake_quant_{kind}"
     return Planned(op, name, None, (), reads, rounding, through)
+
+
+def _check_none(op: Op, makers: Mapping[Value, Op], through: Op | None) -> None:
+    """That a product without a kernel has no weight that was compressed, as far as it is noted."""
+    if through is not None:
+        raise Unfit(
+            "kernels mask weights, and round them to a Format from the first step on: what is done "
+            "to this one is another thing"
+        )
+    for operand, value in enumerate(op.inputs[:2]):
+        turned = False
+        while (made := makers.get(value)) is not None and made.name in _LAYOUTS:
+            value, turned = made.inputs[0], True
+        if made is None or _note(made) is None:
+            continue
+        if operand == 0 and not turned:
+            raise Unfit("its left operand is compressed, and kernels read the right one")
+        raise Unfit("its weight is compressed, and its layout changed before it is multiplied")
 
 
 def _maker(value: Value, makers: Mapping[Value, Op]) -> tuple[Op | None, Op | None]:
