@@ -158,7 +158,7 @@ def _sums(
 
     def of_values(t: Any) -> tuple[Any, Any, Any]:
         n, inner = split(t)
-        return blocks[n], *((inner, part) if by_column else (part, inner))
+        return (blocks[n], inner, part) if by_column else (blocks[n], part, inner)
 
     here = (_STEP, columns) if by_column else (columns, _STEP)
     turned = lambda ref: ref if by_column else ref.transpose((1, 0))
