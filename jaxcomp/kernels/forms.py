@@ -9,6 +9,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -101,7 +102,7 @@ def choose(
         if reason:
             raise ValueError(f"{operation}, {implementation}: {reason}")
         kernel = kernels[implementation]
-        return _on_any(kernel, kernel.tiles[0], arrays)
+        return _differentiable(partial(_on_any, kernel, kernel.tiles[0]), xla)(*arrays)
     note(operation, xla, kernels, arrays, examples)
     row = row_for(operation, arrays)
     if row is not None and row.implementation == "xla":
@@ -111,7 +112,18 @@ def choose(
         for platform in PLATFORMS
         if (form := _best(operation, platform, kernels, arrays, row))
     }
-    return lax.platform_dependent(*arrays, **forms, default=xla) if forms else xla(*arrays)
+    if not forms:
+        return xla(*arrays)
+    return _differentiable(partial(lax.platform_dependent, **forms, default=xla), xla)(*arrays)
+
+
+def _differentiable(run: Callable[..., Any], xla: Callable[..., Any]) -> Callable[..., Any]:
+    """A form with the derivatives of XLA's, for those who differentiate a gradient again."""
+    form = jax.custom_vjp(lambda *arrays: run(*arrays))
+    form.defvjp(
+        lambda *arrays: (run(*arrays), arrays), lambda arrays, dy: jax.vjp(xla, *arrays)[1](dy)
+    )
+    return form
 
 
 def run_choice(
@@ -125,10 +137,10 @@ def run_choice(
     """
     if choice.implementation == "xla":
         return xla(*arrays)
-    return _on_any(kernels[choice.implementation], choice.tile, arrays)
+    return _on_any(kernels[choice.implementation], choice.tile, *arrays)
 
 
-def _on_any(kernel: Kernel, tile: Mapping[str, int], arrays: tuple[Any, ...]) -> Any:
+def _on_any(kernel: Kernel, tile: Mapping[str, int], *arrays: Any) -> Any:
     interpreted = functools.partial(kernel.run, interpret=True, **tile)
     compiled = functools.partial(kernel.run, interpret=False, **tile)
     return lax.platform_dependent(*arrays, cpu=interpreted, default=compiled)

@@ -44,11 +44,12 @@ class PackedMask:
                    [False, False]], dtype=bool)
         """
         *batch, _, columns = self.bits.shape
-        blocks = self.bits.reshape(*batch, -1, 1, self.block // 8, columns)
+        count = self.bits.shape[-2] * 8 // self.block
+        blocks = self.bits.reshape(*batch, count, 1, self.block // 8, columns)
         # Each bit is tested where it lies: shifts of bytes are wider in some compilers.
         tests = (1 << jnp.arange(8, dtype=jnp.uint8)).astype(jnp.uint8)[:, None, None]
         kept = (blocks & tests) != 0
-        return kept.reshape(*batch, -1, columns)[..., : self.rows, :]
+        return kept.reshape(*batch, 8 * self.bits.shape[-2], columns)[..., : self.rows, :]
 
 
 def pack_mask(mask: Any, block: Any = None) -> PackedMask:
@@ -82,7 +83,8 @@ def pack_mask(mask: Any, block: Any = None) -> PackedMask:
     if not isinstance(block, int) or block < 8 or block % 8:
         raise ValueError(f"block must be a multiple of 8, not {block!r}")
     padding = [(0, 0)] * len(batch) + [(0, -rows % block), (0, 0)]
-    planes = jnp.pad(mask, padding).reshape(*batch, -1, 8, block // 8, columns)
+    count = -(-rows // block)
+    planes = jnp.pad(mask, padding).reshape(*batch, count, 8, block // 8, columns)
     weights = (1 << jnp.arange(8, dtype=jnp.uint8)).astype(jnp.uint8)[:, None, None]
     bits = jnp.sum(jnp.where(planes, weights, 0), axis=-3, dtype=jnp.uint8)
-    return PackedMask(bits.reshape(*batch, -1, columns), rows, block)
+    return PackedMask(bits.reshape(*batch, count * block // 8, columns), rows, block)

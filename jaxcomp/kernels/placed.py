@@ -11,7 +11,10 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxcomp.sharding import automatic, explicit_axes
+from jaxcomp.sharding import automatic, explicit_axes, spec_like
+
+# The name of an axis under `vmap`; of two, twice.
+_BATCH = "batch"
 
 
 class Axes(NamedTuple):
@@ -57,17 +60,27 @@ def placed(run: Callable[..., Any], axes: Axes) -> Callable[..., Any]:
     def _(size: int, in_batched: Any, *arrays: Any) -> Any:
         del size
         leading = tuple(0 if each else None for each in in_batched)
-        return jax.vmap(run, leading)(*arrays), True
+        # An axis like the others: it may lie on several devices.
+        name = _BATCH
+        while name in axes.result:
+            name += _BATCH
+        names = [
+            (name, *own) if each else own for own, each in zip(axes.arrays, in_batched, strict=True)
+        ]
+        many = axes._replace(arrays=tuple(names), result=(name, *axes.result))
+        return placed(jax.vmap(run, leading), many)(*arrays), True
 
     return batched
 
 
-def explicit(run: Callable[..., Any], axes: Axes) -> Callable[..., Any]:
+def explicit(run: Callable[..., Any], axes: Axes, like: Any = None) -> Callable[..., Any]:
     """Place an operation's result by its arrays where the axes of a mesh are explicit.
 
     Args:
         run: as for :func:`placed`; any function of arrays will do.
         axes: of its arrays and its result.
+        like: an array of the result's shape, to lie as that does: what a gradient is of. None: as
+            the arrays tell.
 
     Returns:
         The function; the compiler has its way inside it.
@@ -81,11 +94,63 @@ def explicit(run: Callable[..., Any], axes: Axes) -> Callable[..., Any]:
     def wrapped(*arrays: Any) -> Any:
         if not explicit_axes(*arrays):
             return run(*arrays)
+        if like is not None:
+            return automatic(run, spec_like(like, like.shape))(*arrays)
         specs = [jax.typeof(array).sharding.spec for array in arrays]
         places = _places(axes, specs, [array.shape for array in arrays], None)
         return automatic(run, _spec(axes.result, places))(*arrays)
 
     return wrapped
+
+
+def flat_rows(x: Any) -> jax.Array:
+    """All axes but the last as one, wherever they lie on explicit mesh axes.
+
+    Args:
+        x: ``(*rows, columns)``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> flat_rows(jnp.ones((2, 0, 3))).shape
+        (0, 3)
+    """
+    spec = _spec_of(x)
+    taken = [names for names in spec[:-1] if names]
+    merged = tuple(
+        name for names in taken for name in ((names,) if isinstance(names, str) else names)
+    )
+    return _reshaped(
+        x, (math.prod(x.shape[:-1]), x.shape[-1]), PartitionSpec(merged or None, spec[-1])
+    )
+
+
+def unflat_rows(y: Any, x: Any) -> jax.Array:
+    """The opposite of :func:`flat_rows`, for a result of as many rows.
+
+    Args:
+        y: ``(rows, columns)``.
+        x: what was flattened.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> unflat_rows(jnp.ones((6, 4)), jnp.ones((2, 3, 5))).shape
+        (2, 3, 4)
+    """
+    lead, last = _spec_of(x)[:-1], _spec_of(y)[-1]
+    taken = {
+        name for names in lead for name in ((names,) if isinstance(names, str) else names or ())
+    }
+    mine = {last} if isinstance(last, str) else set(last or ())
+    spec = PartitionSpec(*lead, None if mine & taken else last)
+    return _reshaped(y, (*x.shape[:-1], y.shape[-1]), spec)
+
+
+def _spec_of(x: Any) -> tuple[Any, ...]:
+    return tuple(spec_like(x, x.shape)) or (None,) * x.ndim
+
+
+def _reshaped(x: Any, shape: tuple[int, ...], spec: PartitionSpec) -> jax.Array:
+    return automatic(lambda x: x.reshape(shape), spec)(x)
 
 
 def _partitioned(run: Callable[..., Any], axes: Axes, arrays: Sequence[Any]) -> Any:

@@ -4,6 +4,7 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -21,6 +22,16 @@ SAME = {
     "groups": (PerGroup(4), {"blocks": ((4, -2),)}),
     "tiles": (PerBlock((4, 2)), {"blocks": ((4, -2), (2, -1))}),
 }
+
+
+@pytest.fixture
+def unchecked():
+    """What a user sees: no types are checked at run time."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
 RNG = np.random.default_rng(0)
 
 
@@ -271,3 +282,75 @@ def test_shared_by_what_kernels_do_not_take():
     ):
         with pytest.raises(ValueError, match=reason):
             fake_quant_matmul(x, w, rounding, implementation="triton")
+
+
+@pytest.mark.parametrize("clips", [False, True])
+def test_second_derivatives_are_straight_through(clips):
+    """Those of `x @ quantize.fake_quant(w)`, in every pair of arguments."""
+    x, w = weight(shape=(3, 8)), weight()
+    scale = jnp.full((1, 6), 0.2) if clips else None
+    how = Operand(Rounding(4), clips, False)
+    rounded = lambda w: values(how, scaled(how, w, scale, None), w.dtype)
+    product = lambda x, w: fake_quant_matmul(x, w, Rounding(4), scale=scale)
+    hessian = lambda run: jax.jacrev(
+        jax.grad(lambda x, w: jnp.sin(run(x, w)).sum(), (0, 1)), (0, 1)
+    )(x, w)
+    found, expected = hessian(product), hessian(lambda x, w: x @ rounded(w))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+        assert np.abs(b).max() > 0.01
+
+
+@pytest.mark.parametrize("how", [{"keep": "codes"}, {"inputs": Rounding(8, axis=None)}])
+def test_what_keeps_codes_is_not_differentiated_twice(how):
+    x, w = weight(shape=(3, 8)), weight()
+    gradient = jax.grad(lambda w: (fake_quant_matmul(x, w, Rounding(4), **how) ** 2).sum())
+    assert np.isfinite(gradient(w)).all()
+    with pytest.raises(NotImplementedError, match="keep='weight', and round inputs before"):
+        jax.jacrev(gradient)(w)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (256, 128), (33, 40)])
+@pytest.mark.parametrize("given", [False, True])
+def test_a_nan_is_not_rounded_away(shape, given):
+    w = jnp.ones(shape).at[3, 5].set(jnp.nan)
+    scale = jnp.ones((1, 1)) if given else None
+    for form in ("xla", "triton")[: 1 if shape[0] == 33 else 2]:
+        y = fake_quant_matmul(
+            jnp.ones((1, shape[0])), w, Rounding(4), scale=scale, implementation=form
+        )
+        assert np.flatnonzero(np.isnan(y[0])).tolist() == [5]
+
+
+def test_nothing_in_or_out():
+    for shape in ((0, 4), (4, 0)):
+        for how in ({}, {"inputs": Rounding(8, axis=None)}, {"scale": jnp.ones((1, 1))}):
+            run = lambda x, w, how=how: fake_quant_matmul(x, w, Rounding(4, axis=None), **how)
+            x, w = jnp.ones((3, shape[0])), jnp.ones(shape)
+            np.testing.assert_array_equal(run(x, w), np.zeros((3, shape[1])))
+            dx, dw = jax.grad(lambda x, w, run=run: run(x, w).sum(), (0, 1))(x, w)
+            assert (dx.shape, dw.shape) == (x.shape, w.shape)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"scale": 0.5}, "w: scale must be an array, not 0.5"),
+        ({"scale": jnp.ones((1, 1), jnp.int32)}, "w: a scale of int32 is not floating"),
+        ({"inputs": Rounding(8, axis=None), "input_scale": 2.0}, "x: scale must be an array"),
+    ],
+)
+def test_what_is_no_scale_is_an_error(unchecked, how, message):
+    with pytest.raises(TypeError, match=message):
+        fake_quant_matmul(jnp.ones((1, 8)), weight(), Rounding(4), **how)
+
+
+def test_what_is_no_float_is_not_rounded(unchecked):
+    whole = jnp.ones((1, 8), jnp.uint8)
+    with pytest.raises(TypeError, match="x: uint8 numbers are not rounded: give floats"):
+        fake_quant_matmul(whole, weight(), Rounding(4), inputs=Rounding(8, axis=None))
+    with pytest.raises(TypeError, match="w: int32 numbers"):
+        fake_quant_matmul(jnp.ones((1, 8)), jnp.ones((8, 6), jnp.int32), Rounding(4))
+    np.testing.assert_array_equal(
+        fake_quant_matmul(whole, jnp.ones((8, 6)), Rounding(4)), np.full((1, 6), 8.0)
+    )

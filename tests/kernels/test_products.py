@@ -148,6 +148,40 @@ def test_one_program_inside_scan(name, form):
     assert count == 1
 
 
+@every_form
+def test_a_gradient_is_differentiated_again(name, form):
+    """As where its norm is a penalty; what is summed is smooth, and not large."""
+    if not hasattr(mosaic_gpu, "InterpretGPUParams"):
+        skip_interpreted(form, "has no transposed tiles before jax 0.12")
+    product, x, weight, _ = made(name, rows=(4,))
+    if product.rounded:
+        pytest.skip("activations are rounded: the second derivative is that of no dense product")
+    matrix = jnp.asarray(product.dense(weight), jnp.float32)
+
+    def penalty(run):
+        loss = lambda x: jnp.sin(run(x).astype(jnp.float32) / 64).sum()
+        return lambda x: (jax.grad(loss)(x).astype(jnp.float32) ** 2).sum()
+
+    found = jax.jit(jax.grad(penalty(lambda x: product.run(x, weight, form))))(x)
+    expected = jax.grad(penalty(lambda x: x @ matrix))(x.astype(jnp.float32))
+    error = np.abs(exact(found) - exact(expected)).max()
+    assert error <= 20 * TOLERANCE[x.dtype.name] * np.abs(exact(expected)).max()
+
+
+@every_form
+def test_kernels_run_where_64_bits_are_allowed(name, form):
+    if not hasattr(mosaic_gpu, "InterpretGPUParams"):
+        skip_interpreted(form, "has no transposed tiles before jax 0.12")
+    product, x, weight, seen = made(name)
+    matrix = product.dense(weight)
+    dy = np.ones((*x.shape[:-1], matrix.shape[1]), np.float32)
+    with jax.enable_x64(True):
+        y = product.run(x, weight, form)
+        dx = gradients(product, x, weight, dy, form)[0]
+    assert_close(y, seen @ matrix, x.dtype)
+    assert_close(dx, exact(dy) @ matrix.T, x.dtype)
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @every_form
 def test_rows_on_many_devices_gather_nothing(name, form, kind):

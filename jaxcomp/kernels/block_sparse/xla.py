@@ -21,7 +21,7 @@ from jaxcomp.kernels.block_sparse.places import places, stored
 _UNROLLED_BLOCK, _UNROLLED_ROWS, _UNROLLED_COUNT = 128, 256, 1024
 
 
-def forward(pattern: Any, x: jax.Array, values: jax.Array, keep: jax.Array) -> jax.Array:
+def forward(pattern: Any, x: jax.Array, values: jax.Array, keep: Any) -> jax.Array:
     """``x (rows, in)`` by the kept blocks ``values (count, k, c)``: ``(rows, grid columns, c)``.
 
     Args:
@@ -33,14 +33,12 @@ def forward(pattern: Any, x: jax.Array, values: jax.Array, keep: jax.Array) -> j
     return _on_platform(_FORWARD, pattern, x.shape[0], values, (x, values, keep))
 
 
-def to_input(pattern: Any, dy: jax.Array, values: jax.Array, keep: jax.Array) -> jax.Array:
+def to_input(pattern: Any, dy: jax.Array, values: jax.Array, keep: Any) -> jax.Array:
     """``dy (rows, out)`` by the transposed matrix: ``(rows, grid rows, k)``."""
     return _on_platform(_TO_INPUT, pattern, dy.shape[0], values, (dy, values, keep))
 
 
-def to_values(
-    pattern: Any, x: jax.Array, dy: jax.Array, values: jax.Array, keep: jax.Array
-) -> jax.Array:
+def to_values(pattern: Any, x: jax.Array, dy: jax.Array, values: jax.Array, keep: Any) -> jax.Array:
     """``x.T @ dy`` at the kept blocks, of the shape of ``values``; these are not read."""
     made = _on_platform(_TO_VALUES, pattern, x.shape[0], values, (x, dy, values, keep))
     if pattern is not None and values.shape[0] == pattern.sum():
@@ -174,7 +172,7 @@ def _added(y: jax.Array, product: jax.Array, start: Any, real: Any) -> jax.Array
     return lax.dynamic_update_slice_in_dim(y, before + product, start, 1)
 
 
-def _decoded(values: jax.Array, keep: jax.Array) -> jax.Array:
+def _decoded(values: jax.Array, keep: Any) -> jax.Array:
     at = places(keep, values.shape[0])
     zeros = jnp.zeros((*keep.shape, *values.shape[1:]), values.dtype)
     blocks = zeros.at[at.rows, at.columns].set(values, mode="drop")

@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Shaped, UInt8
 
@@ -20,6 +19,8 @@ from jaxcomp.kernels.convolution import (
 from jaxcomp.kernels.fake_quant.matmul import fake_quant_matmul
 from jaxcomp.kernels.fake_quant.operand import (
     coded,
+    differentiated_once,
+    nothing_of,
     operand,
     product_dtype,
     scaled,
@@ -161,19 +162,20 @@ def _conv_forward(static: Any, x: Any, w: Any, *scales: Any) -> Any:
     left, right = scaled(of_x, x, *scales[:2]), scaled(of_w, w, *scales[2:])
     run = explicit(partial(convolve, how), axes_of(how, "forward"))
     y = run(values(of_x, left, x.dtype).astype(dtype), values(of_w, right, w.dtype).astype(dtype))
-    # The dtypes, as arrays of nothing.
-    return y, (coded(of_x, left), coded(of_w, right), jnp.zeros(0, x.dtype), jnp.zeros(0, w.dtype))
+    return y, (coded(of_x, left), coded(of_w, right), nothing_of(x), nothing_of(w))
 
 
 def _conv_backward(static: Any, kept: Any, dy: jax.Array) -> Any:
     how, of_x, of_w, _ = static
     # Or the compiler would find the values made before, and hold them until now.
     (left, right, x_type, w_type), dy = lax.optimization_barrier((kept, dy))
+    if of_w.codes or of_x.codes:
+        dy, x_type, w_type = differentiated_once((dy, x_type, w_type))
     x, w = values(of_x, left, x_type.dtype), values(of_w, right, w_type.dtype)
     to_input = lambda dy, w: convolve_to_input(how, dy, w, x)
     to_weight = lambda x, dy: convolve_to_weight(how, x, dy, w)
-    dx = explicit(to_input, axes_of(how, "to_input"))(dy, w)
-    dw = explicit(to_weight, axes_of(how, "to_weight"))(x, dy)
+    dx = explicit(to_input, axes_of(how, "to_input"), like=x)(dy, w)
+    dw = explicit(to_weight, axes_of(how, "to_weight"), like=w)(x, dy)
     through = straight_through(of_x, left, dx), straight_through(of_w, right, dw)
     return *through, None, None, None, None
 

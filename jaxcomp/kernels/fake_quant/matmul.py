@@ -14,6 +14,8 @@ from jaxcomp.kernels.fake_quant.operand import (
     Kept,
     Operand,
     coded,
+    differentiated_once,
+    nothing_of,
     operand,
     product_dtype,
     scaled,
@@ -22,7 +24,7 @@ from jaxcomp.kernels.fake_quant.operand import (
 )
 from jaxcomp.kernels.fake_quant.rounding import Rounding, find_codes, find_scale, values_of
 from jaxcomp.kernels.forms import Kernel, choose
-from jaxcomp.kernels.placed import Axes, explicit, placed
+from jaxcomp.kernels.placed import Axes, explicit, flat_rows, placed, unflat_rows
 
 _NAMES = {"forward": "fake_quant_matmul", "to_input": "fake_quant_matmul, to input"}
 
@@ -119,22 +121,23 @@ def _product(static: Any, x: jax.Array, w: jax.Array, *scales: Any) -> Any:
 def _product_forward(static: Any, x: Any, w: Any, *scales: Any) -> Any:
     of_x, of_w, dtype, implementation = static
     left, right = scaled(of_x, x, *scales[:2]), scaled(of_w, w, *scales[2:])
-    rows = values(of_x, left, x.dtype).reshape(-1, x.shape[-1]).astype(dtype)
+    rows = flat_rows(values(of_x, left, x.dtype)).astype(dtype)
     y = _run("forward", of_w, implementation, rows, right)
-    # The dtypes, as arrays of nothing.
-    kept = (coded(of_x, left), coded(of_w, right), jnp.zeros(0, x.dtype), jnp.zeros(0, w.dtype))
-    return y.reshape(*x.shape[:-1], w.shape[1]), kept
+    return unflat_rows(y, x), (coded(of_x, left), coded(of_w, right), nothing_of(x), nothing_of(w))
 
 
 def _product_backward(static: Any, kept: Any, dy: jax.Array) -> Any:
     of_x, of_w, dtype, implementation = static
     # Or the compiler would find the values made before, and hold them until now.
     (left, right, of_type, w_type), dy = lax.optimization_barrier((kept, dy))
-    rows = dy.reshape(-1, dy.shape[-1])
-    dx = _run("to_input", of_w, implementation, rows, right, w_type.dtype)
+    if of_w.codes or of_x.codes:
+        dy, of_type, w_type = differentiated_once((dy, of_type, w_type))
+    rows = flat_rows(dy)
     x = values(of_x, left, of_type.dtype)
-    dw = _run_to_weight(x.reshape(-1, x.shape[-1]).astype(dtype), rows).astype(w_type.dtype)
-    dx = dx.reshape(x.shape).astype(x.dtype)
+    inputs = flat_rows(x)
+    dx = _run("to_input", of_w, implementation, rows, right, w_type.dtype, like=inputs)
+    dw = _run_to_weight(inputs.astype(dtype), rows, right.array).astype(w_type.dtype)
+    dx = unflat_rows(dx, x).astype(x.dtype)
     through = straight_through(of_x, left, dx), straight_through(of_w, right, dw)
     return *through, None, None, None, None
 
@@ -144,14 +147,15 @@ _product.defvjp(_product_forward, _product_backward)
 _product_jit = jax.jit(_product, static_argnums=0)
 
 
-def _run_to_weight(x: jax.Array, dy: jax.Array) -> jax.Array:
+def _run_to_weight(x: jax.Array, dy: jax.Array, w: jax.Array) -> jax.Array:
     axes = Axes((("r", "i"), ("r", "o")), ("i", "o"))
-    return explicit(lambda x, dy: _dot(x.T, dy), axes)(x, dy)
+    return explicit(lambda x, dy: _dot(x.T, dy), axes, like=w)(x, dy)
 
 
 def _run(
-    kind: str, how: Operand, implementation: Any, x: jax.Array, w: Kept, dtype: Any = None
-) -> jax.Array:
+    kind: str, how: Operand, implementation: Any, x: jax.Array, w: Kept, dtype: Any = None,
+    like: Any = None,
+) -> jax.Array:  # fmt: skip
     """``x @ w`` or ``x @ w.T`` with a weight, or codes of one, rounded on the way; as ``x`` is."""
     arrays = tuple(each for each in (x, *w[:3]) if each is not None)
     axes, rounding = _axes(kind, how, w), how.rounding or Rounding()
@@ -166,7 +170,7 @@ def _run(
             return xla(*arrays)
         return choose(_NAMES[kind], xla, _kernels(kind, rounding, axes[:2]), arrays, implementation)
 
-    return explicit(run, axes)(*arrays)
+    return explicit(run, axes, like)(*arrays)
 
 
 def _axes(kind: str, how: Operand, w: Kept) -> Axes:

@@ -1,9 +1,11 @@
 """One operand of a product: rounded on the way in, and what of it is kept for the gradients."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import PartitionSpec
 
 from jaxcomp.arrays.blocks import split_shape
@@ -53,7 +55,7 @@ def operand(
     """How an operand is treated, its arguments checked.
 
     Raises:
-        TypeError: the rounding is none.
+        TypeError: the rounding is none, or there are no floats to round.
         ValueError: they do not fit each other.
 
     Example:
@@ -65,6 +67,8 @@ def operand(
             raise ValueError(f"{name}: a scale without a rounding: say to how many bits")
         return Operand(None, False, False)
     check_rounding(name, rounding, x.shape)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{name}: {x.dtype} numbers are not rounded: give floats")
     if scale is None and zero_point is not None:
         raise ValueError(f"{name}: zero_point was given without scale: give both or neither")
     if scale is not None and (zero_point is None) != rounding.symmetric:
@@ -72,6 +76,10 @@ def operand(
         raise ValueError(f"{name}: {kind} rounding takes {needs} zero_point beside its scale")
     full = split_shape(x.shape, rounding.blocks)
     for what, given in (("scale", scale), ("zero_point", zero_point)):
+        if given is not None and not hasattr(given, "shape"):
+            raise TypeError(f"{name}: {what} must be an array, not {given!r}")
+        if what == "scale" and given is not None and not jnp.issubdtype(given.dtype, jnp.floating):
+            raise TypeError(f"{name}: a scale of {given.dtype} is not floating")
         if given is not None and not _broadcasts(given.shape, full):
             raise ValueError(f"{name}: a {what} of shape {given.shape} does not fit {full}")
     return Operand(rounding, scale is not None, codes)
@@ -106,10 +114,22 @@ def scaled(how: Operand, x: jax.Array, scale: Any, zero_point: Any) -> Kept:
     rounding: Rounding = how.rounding
     if scale is None:
         found = _place_scales(lambda x: find_scale(x, rounding), x, rounding)
-        scale, zero_point = found(x)
+        scale, zero_point = found(lax.stop_gradient(x))
     ndim = x.ndim + len(rounding.blocks)
-    full = lambda a: None if a is None else a.reshape((1,) * (ndim - a.ndim) + a.shape)
+    full = lambda a: (
+        None if a is None else lax.stop_gradient(a).reshape((1,) * (ndim - a.ndim) + a.shape)
+    )
     return Kept(x, full(scale), full(zero_point))
+
+
+def nothing_of(x: jax.Array) -> jax.Array:
+    """An array of nothing, of the dtype of another, from which it is derived.
+
+    Example:
+        >>> nothing_of(jnp.ones((2, 3)))
+        Array([], dtype=float32)
+    """
+    return automatic(lambda x: x.reshape(x.size)[:0], PartitionSpec())(x)
 
 
 def coded(how: Operand, kept: Kept) -> Kept:
@@ -126,8 +146,11 @@ def coded(how: Operand, kept: Kept) -> Kept:
     return kept._replace(array=codes, inside=_bits(inside) if how.clips else None)
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(0, 2))
 def values(how: Operand, kept: Kept, dtype: Any) -> jax.Array:
-    """The numbers that are multiplied.
+    """The numbers that are multiplied; their derivative is straight through.
+
+    NaN stays NaN, but of codes, which have none.
 
     Args:
         how: it is treated.
@@ -143,13 +166,48 @@ def values(how: Operand, kept: Kept, dtype: Any) -> jax.Array:
     if how.rounding is None:
         return kept.array
     rounding: Rounding = how.rounding
-    if kept.array.dtype != jnp.uint8:
-        kept = kept._replace(array=_codes(rounding, kept)[0])
 
     def decode(codes: jax.Array, scale: jax.Array, zero_point: Any = None) -> jax.Array:
         return values_of(codes, scale, zero_point, rounding, dtype)
 
-    return _place(decode, kept.array)(*_given(kept))
+    if kept.array.dtype == jnp.uint8:
+        return _place(decode, kept.array)(*_given(kept))
+    coded = kept._replace(array=_codes(rounding, kept)[0])
+    found = _place(decode, kept.array)(*_given(coded))
+    return jnp.where(jnp.isnan(kept.array), jnp.full((), jnp.nan, found.dtype), found)
+
+
+@values.defjvp
+def _values_straight_through(how: Operand, dtype: Any, primals: Any, tangents: Any) -> Any:
+    (kept,), (moved,) = primals, tangents
+    found = values(how, kept, dtype)
+    if how.rounding is None:
+        return found, moved.array
+    if kept.array.dtype == jnp.uint8:
+        return found, jnp.zeros_like(found)
+    return found, straight_through(how, kept, moved.array.astype(found.dtype))
+
+
+@jax.custom_jvp
+def differentiated_once(arrays: Any) -> Any:
+    """Arrays of which no derivative is known: those of gradients whose numbers were kept as codes.
+
+    Raises:
+        NotImplementedError: they are differentiated.
+
+    Example:
+        >>> differentiated_once(1)
+        1
+    """
+    return arrays
+
+
+@differentiated_once.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    raise NotImplementedError(
+        "a product that keeps codes for its gradients cannot be differentiated twice: take "
+        "keep='weight', and round inputs before it"
+    )
 
 
 def straight_through(how: Operand, kept: Kept, gradient: jax.Array) -> jax.Array:

@@ -95,7 +95,13 @@ def find_scale(
     split = split_blocks(x, rounding.blocks)
     # The largest, widened, is the largest of what is widened. No magnitudes: some compilers would
     # write them to memory before they look for the largest in a block.
-    low, high = (widen(end(split, axis=shared, keepdims=True)) for end in (jnp.min, jnp.max))
+    low, high = (
+        widen(end(split, axis=shared, keepdims=True, initial=0 if not x.size else None))
+        for end in (jnp.min, jnp.max)
+    )
+    # The ends that some compilers find pass a NaN by.
+    unknown = jnp.isnan(split).any(axis=shared, keepdims=True)
+    low = jnp.where(unknown, jnp.nan, low)
     if rounding.symmetric:
         return bounded_scale(jnp.maximum(high, -low) * (1 / steps), steps, x.dtype), None
     low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)

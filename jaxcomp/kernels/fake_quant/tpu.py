@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu
 
@@ -109,7 +111,7 @@ def _summed(
 
     def of_group(i: Any, j: Any, k: Any) -> Any:
         down, across = where(i, j, k)
-        return (down if group <= block else jax.lax.div(down * block, group)), 0, across
+        return (down if group <= block else lax.div(down * block, np.int32(group))), 0, across
 
     groups = max(1, block // group)
     scale_spec = pl.BlockSpec((groups, 1, columns), of_group)

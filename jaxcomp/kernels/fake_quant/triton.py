@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
@@ -82,7 +83,9 @@ def to_input(rounding: Rounding) -> Kernel:
         dy, group = pad_rows(dy, tile), group_size(rounding, w)
         part = min(group, largest_divisor(columns, w.shape[0]))
         grouped, clipped = group_scales(rounding, w, *scales)
-        of_scale = pl.BlockSpec((1, w.shape[1]), lambda i, p: (lax.div(p * part, group), 0))
+        of_scale = pl.BlockSpec(
+            (1, w.shape[1]), lambda i, p: (lax.div(p * part, np.int32(group)), 0)
+        )
         made = pl.pallas_call(
             partial(
                 _to_input,
@@ -109,11 +112,11 @@ def to_input(rounding: Rounding) -> Kernel:
 
 def unfit(rounding: Rounding, x: Any, w: Any, scale: Any, *zero_point: Any) -> str | None:
     """Why these do not fit the kernels, or None."""
-    del x, zero_point
+    del zero_point
     inputs, outputs = w.shape
     if inputs % _LEAST or outputs % _LEAST:
         return f"{inputs} inputs and {outputs} outputs are not both multiples of {_LEAST}"
-    return unfit_dtype(w.dtype) or why_not_grouped(rounding, scale)
+    return unfit_dtype(x.dtype, w.dtype) or why_not_grouped(rounding, scale)
 
 
 def to_even(x: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """The convolution with a kernel of which a mask keeps a part."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -133,7 +134,8 @@ def masked_conv_reference(x: Any, w: Any, mask: Any, *window: Any, **named: Any)
 
 
 def _pack(mask: jax.Array, order: tuple[int, ...], block: Any = None) -> PackedMask:
-    return pack_mask(mask.transpose(order).reshape(-1, mask.shape[order[-1]]), block)
+    shape = [mask.shape[axis] for axis in order]
+    return pack_mask(mask.transpose(order).reshape(math.prod(shape[:-1]), shape[-1]), block)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -159,8 +161,8 @@ def _conv_backward(static: Any, kept: Any, dy: jax.Array) -> Any:
         dw = convolve_to_weight(how, x, dy, w)
         return dw if dense_gradient else _masked(static, dw, bits)
 
-    dx = explicit(to_input, axes_of(how, "to_input", _BITS))(dy, w, bits)
-    dw = explicit(to_weight, axes_of(how, "to_weight", _BITS))(x, dy, bits)
+    dx = explicit(to_input, axes_of(how, "to_input", _BITS), like=x)(dy, w, bits)
+    dw = explicit(to_weight, axes_of(how, "to_weight", _BITS), like=w)(x, dy, bits)
     return dx, dw, None
 
 

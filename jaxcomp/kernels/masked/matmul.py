@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from jaxcomp.kernels.forms import Kernel, choose
 from jaxcomp.kernels.masked import tpu, triton
 from jaxcomp.kernels.packed_mask import PackedMask, pack_mask
-from jaxcomp.kernels.placed import Axes, explicit, placed
+from jaxcomp.kernels.placed import Axes, explicit, flat_rows, placed, unflat_rows
 
 # Each form is measured by itself.
 _NAMES = {"forward": "", "to_input": ", to input", "to_weight": ", to weight"}
@@ -23,6 +23,8 @@ _AXES = {
     "to_input": Axes((("r", "o"), ("i", "o"), ("i", "o")), ("r", "i")),
     "to_weight": Axes((("r", "i"), ("r", "o"), ("i", "o")), ("i", "o")),
 }
+# Of the gradient without a mask.
+_DENSE = Axes((("r", "i"), ("r", "o")), ("i", "o"))
 
 
 def masked_matmul(
@@ -69,10 +71,9 @@ def masked_matmul(
             "(inputs, outputs) and (inputs, outputs)"
         )
     packed = mask if isinstance(mask, PackedMask) else pack_mask(mask)
-    rows = x.reshape(-1, x.shape[-1])
     static = (packed.rows, packed.block, dense_gradient, implementation)
-    y: Any = _product(static, rows, w, packed.bits)
-    return y.reshape(*x.shape[:-1], w.shape[1])
+    y: Any = _product(static, flat_rows(x), w, packed.bits)
+    return unflat_rows(y, x)
 
 
 def masked_matmul_reference(x: Any, w: Any, mask: Any) -> jax.Array:
@@ -99,18 +100,18 @@ def _product_forward(static: Any, x: Any, w: Any, bits: Any) -> Any:
 def _product_backward(static: Any, kept: Any, dy: jax.Array) -> Any:
     x, w, bits = kept
     dense_gradient = static[2]
-    dx = _run("to_input", static, dy, w, bits).astype(x.dtype)
+    dx = _run("to_input", static, dy, w, bits, like=x).astype(x.dtype)
     if dense_gradient:
-        dw = jnp.matmul(x.T, dy, preferred_element_type=_sums(x, dy))
+        dw = explicit(lambda x, dy: _dot(x.T, dy), _DENSE, like=w)(x, dy)
     else:
-        dw = _run("to_weight", static, x, dy, bits)
+        dw = _run("to_weight", static, x, dy, bits, like=w)
     return dx, dw.astype(w.dtype), None
 
 
 _product.defvjp(_product_forward, _product_backward)
 
 
-def _run(kind: str, static: tuple[Any, ...], *arrays: jax.Array) -> jax.Array:
+def _run(kind: str, static: tuple[Any, ...], *arrays: jax.Array, like: Any = None) -> jax.Array:
     _, block, _, implementation = static
 
     def run(*arrays: jax.Array) -> jax.Array:
@@ -118,7 +119,7 @@ def _run(kind: str, static: tuple[Any, ...], *arrays: jax.Array) -> jax.Array:
         name = "masked_matmul" + _NAMES[kind]
         return choose(name, partial(_XLA[kind], block), forms, arrays, implementation)
 
-    return explicit(run, _AXES[kind])(*arrays)
+    return explicit(run, _AXES[kind], like)(*arrays)
 
 
 @functools.cache

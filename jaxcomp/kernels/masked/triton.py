@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
@@ -33,7 +34,8 @@ def forward(block: int) -> Kernel:
         stages: int, interpret: bool,
     ) -> jax.Array:  # fmt: skip
         tile, count = row_tile(rows, x.shape[0]), x.shape[0]
-        x = pad_rows(x, tile)
+        # The rows of a step are of one bit.
+        x, step = pad_rows(x, tile), min(step, block // 8)
         columns = largest_divisor(columns, w.shape[1])
         out = pl.pallas_call(
             partial(_forward, block=block, step=step),
@@ -113,15 +115,14 @@ def to_weight(block: int) -> Kernel:
 
 def unfit(block: int, x: Any, w: Any, bits: Any) -> str | None:
     """Why these do not fit the kernels, or None."""
-    del x
-    return _unfit(block, w.shape, w.dtype, bits)
+    return _unfit(block, w.shape, (x.dtype, w.dtype), bits)
 
 
 def _unfit_pair(block: int, x: Any, dy: Any, bits: Any) -> str | None:
-    return _unfit(block, (x.shape[1], dy.shape[1]), dy.dtype, bits)
+    return _unfit(block, (x.shape[1], dy.shape[1]), (x.dtype, dy.dtype), bits)
 
 
-def _unfit(block: int, shape: tuple[int, ...], dtype: Any, bits: Any) -> str | None:
+def _unfit(block: int, shape: tuple[int, ...], dtypes: tuple[Any, ...], bits: Any) -> str | None:
     rows, columns = shape
     if rows % block or bits.shape[0] * 8 != rows:
         return f"{rows} inputs are no multiple of the mask's block of {block}"
@@ -129,7 +130,7 @@ def _unfit(block: int, shape: tuple[int, ...], dtype: Any, bits: Any) -> str | N
         return f"the mask's block of {block} is no power of two from 128 on"
     if columns % _STEP:
         return f"{columns} outputs are no multiple of {_STEP}"
-    return unfit_dtype(dtype)
+    return unfit_dtype(*dtypes)
 
 
 def _kept(bits: jax.Array, plane: Any, values: jax.Array) -> jax.Array:
@@ -154,7 +155,7 @@ def _forward(x: Any, w: Any, bits: Any, out: Any, *, block: int, step: int) -> N
 
 
 def _to_input(dy: Any, w: Any, bits: Any, out: Any, *, step: int) -> None:
-    bit = lax.rem(pl.program_id(1), 8)
+    bit = lax.rem(pl.program_id(1), np.int32(8))
 
     def of_columns(k: Any, total: jax.Array) -> jax.Array:
         columns = pl.ds(k * step, step)
@@ -170,4 +171,4 @@ def _to_weight(x: Any, dy: Any, bits: Any, out: Any, *, step: int) -> None:
         return total + dot(x[rows, :].T, dy[rows, :])
 
     total = lax.fori_loop(0, x.shape[0] // step, of_rows, jnp.zeros(out.shape, jnp.float32))
-    out[...] = _kept(bits[...], lax.rem(pl.program_id(0), 8), total).astype(out.dtype)
+    out[...] = _kept(bits[...], lax.rem(pl.program_id(0), np.int32(8)), total).astype(out.dtype)
