@@ -30,11 +30,14 @@ class Kernel(NamedTuple):
         unfit: ``unfit(*arrays) -> str | None``: why it does not take arrays of these shapes and
             dtypes, or None.
         tiles: sizes to try when it is tuned; the first is taken where it was not.
+        tuned_only: whether it is taken only where it was measured, or asked for by name: where not
+            every chip of the platform has its instructions.
     """
 
     run: Callable[..., Any]
     unfit: Callable[..., str | None]
     tiles: tuple[Mapping[str, int], ...] = ({},)
+    tuned_only: bool = False
 
 
 class Choice(NamedTuple):
@@ -158,11 +161,16 @@ def _best(
         name: kernels[name].unfit(*arrays) for name in PLATFORMS[platform] if name in kernels
     }
     fits = [name for name, reason in reasons.items() if reason is None]
-    if fits:
-        measured = row is not None and row.implementation in fits
-        name = row.implementation if row is not None and measured else fits[0]
-        tile = dict(row.tile) if row is not None and measured else kernels[name].tiles[0]
-        return functools.partial(kernels[name].run, interpret=False, **tile)
+    if row is not None and row.implementation in PLATFORMS[platform]:
+        name, tile = row.implementation, dict(row.tile)
+        if name in fits and tile in map(dict, kernels[name].tiles):
+            return functools.partial(kernels[name].run, interpret=False, **tile)
+        _say_once(f"{operation}: the table's {name} {tile} is no form of it here: tune it anew")
+    untuned = [name for name in fits if not kernels[name].tuned_only]
+    if untuned:
+        kernel = kernels[untuned[0]]
+        return functools.partial(kernel.run, interpret=False, **kernel.tiles[0])
+    reasons |= dict.fromkeys(fits, "taken only where it was tuned")
     if reasons and jax.default_backend() in (platform, {"cuda": "gpu"}.get(platform)):
         why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         _say_once(f"{operation} runs as XLA compiles it: {why}")

@@ -171,6 +171,8 @@ def load_table(path: Any) -> Table:
         found = json.loads(pathlib.Path(path).read_text())
         if found["version"] != _VERSION:
             raise ValueError(f"version {found['version']}, not {_VERSION}")
+        if not isinstance(found["rows"], list):
+            raise ValueError("its rows are no list")
         return Table(tuple(_row(each) for each in found["rows"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: no table of kernels: {error}; tune anew") from error
@@ -179,6 +181,8 @@ def load_table(path: Any) -> Table:
 def _row(found: Any) -> Row:
     if set(found) != set(Row._fields):
         raise ValueError(f"a row has {sorted(found)}")
+    if not isinstance(found["arrays"], list):
+        raise ValueError(f"arrays of {found['arrays']!r}")
     words = [found[name] for name in ("operation", "device", "implementation")]
     times = [found[name] for name in ("microseconds", "xla_microseconds")]
     tile = tuple((str(name), size) for name, size in found["tile"].items())

@@ -125,6 +125,29 @@ def test_the_tile_of_a_row_reaches_the_kernel(monkeypatch):
         np.testing.assert_array_equal(run(), [2, 2])
 
 
+def test_a_stale_row_is_said_and_not_taken(monkeypatch):
+    monkeypatch.setattr("jaxcomp.kernels.forms.PLATFORMS", {"cpu": ("triton",)})
+    kernel = lambda x, *, size, interpret: x * size
+    kernels = {"triton": Kernel(kernel, lambda x: None, ({"size": 3},))}
+    for name, tile in (("stale tile", {"size": 4}), ("stale name", {"rows": 3})):
+        run = lambda name=name: choose(name, lambda x: 2 * x, kernels, (jnp.ones(2),))
+        stale = row(operation=name, implementation="triton", tile=tuple(tile.items()))
+        with tables.tuned(Table((stale,))), pytest.warns(UserWarning, match=f"{name}.*tune it"):
+            np.testing.assert_array_equal(run(), [3, 3])
+
+
+def test_a_form_for_some_chips_is_taken_where_it_was_tuned(monkeypatch):
+    monkeypatch.setattr("jaxcomp.kernels.forms.PLATFORMS", {"cpu": ("mosaic_gpu",)})
+    kernel = lambda x, *, size, interpret: x * size
+    kernels = {"mosaic_gpu": Kernel(kernel, lambda x: None, ({"size": 3},), tuned_only=True)}
+    run = lambda: choose("for some", lambda x: 2 * x, kernels, (jnp.ones(2),))
+    with pytest.warns(UserWarning, match="for some runs as XLA .* only where it was tuned"):
+        np.testing.assert_array_equal(run(), [2, 2])
+    found = row(operation="for some", implementation="mosaic_gpu", tile=(("size", 3),))
+    with tables.tuned(Table((found,))):
+        np.testing.assert_array_equal(run(), [3, 3])
+
+
 def test_falling_back_is_said_once(monkeypatch):
     monkeypatch.setattr("jaxcomp.kernels.forms.PLATFORMS", {"cpu": ("triton",)})
     kernels = {"triton": Kernel(lambda x, **_: x, lambda x: "2 is too few")}
@@ -140,7 +163,7 @@ def test_falling_back_is_said_once(monkeypatch):
     "text",
     [
         "", "[]", "{}", '{"version": 2, "rows": []}', '{"version": 1, "rows": [{}]}',
-        '{"version": 1, "rows": 3}', "\x00",
+        '{"version": 1, "rows": 3}', "\x00", '{"version": 1, "rows": {}}',
     ],
 )  # fmt: skip
 def test_another_file_is_an_error(tmp_path, text):
@@ -155,6 +178,7 @@ def test_another_file_is_an_error(tmp_path, text):
     [
         ("tile", {"rows": 0}), ("tile", {"rows": "16"}), ("tile", 3), ("microseconds", -1.0),
         ("microseconds", "1"), ("implementation", 4), ("implementation", "cuda"), ("arrays", [1]),
+        ("arrays", "float32[2]"),
     ],
 )  # fmt: skip
 def test_a_broken_row_is_an_error(tmp_path, name, value):

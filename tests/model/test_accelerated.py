@@ -254,7 +254,7 @@ def test_what_is_rounded_otherwise_than_a_kernel_can_is_left_as_it_is():
         (quantize.train(Format(4), begin=5), jnp.matmul, "from the first step on"),
         (quantize.learned_step(Format(4)), jnp.matmul, "from the first step on"),
         (quantize.train(quantize.mxfp4()), jnp.matmul, "round them to a Format"),
-        (quantize.train(Format(4)), lambda x, w: x @ w.reshape(32, 64).T, "layout changed"),
+        (quantize.train(Format(4)), lambda x, w: x @ w.reshape(32, 64).T, "before reshape"),
         (quantize.train(Format(4)), lambda x, w: jnp.einsum("io,bi->ob", w, x), "left operand"),
     ],
     ids=["later", "learned steps", "another grid", "turned", "on the left"],
@@ -305,3 +305,115 @@ def test_wrong_arguments_are_named():
     w = quantize.encode(jnp.ones((3, 5)), Format(8))
     with pytest.raises(ValueError, match="quantized_matmul, triton: "):
         accelerate(lambda w, x: x @ w, "triton")(w, jnp.ones((2, 3)))
+
+
+def square(seed=0, shape=(16, 16), dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape) / 4, dtype)
+
+
+def test_a_leaf_is_read_as_often_as_the_model_reads_it():
+    leaf, x = quantize.encode(square(), Format(8)), square(1)
+    model = accelerate(lambda params, x: ((x @ params["w"]) @ params["w"]) @ params["w"])
+    expected = model.apply_fn({"w": leaf.decode()}, x)
+    np.testing.assert_allclose(model({"w": leaf}, x), expected, atol=1e-5)
+    assert model.describe({"w": leaf}, x).count("quantized_matmul") == 3
+    twice = accelerate(lambda params, x: params["w"].T @ x + params["w"].T @ (x + 1))
+    assert twice.describe({"w": leaf}, x).count("left: ") == 2
+
+
+def test_a_tree_that_is_one_leaf_is_described():
+    leaf = quantize.encode(square(), Format(8))
+    told = accelerate(lambda w, x: x @ w).describe(leaf, square(1))
+    assert "the only leaf" in told
+
+
+@pytest.mark.parametrize("format", [quantize.fp8(), quantize.mxfp4(), quantize.nvfp4()])
+def test_leaves_on_other_grids_are_read_as_they_are(format):
+    leaf, x = quantize.encode(square(shape=(64, 32)), format), square(1, (4, 64))
+    model = accelerate(lambda params, x: x @ params["w"])
+    assert "quantized_matmul" in model.describe({"w": leaf}, x)
+    np.testing.assert_allclose(model({"w": leaf}, x), x @ leaf.decode(), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("encode", "is_read"),
+    [
+        (lambda w: quantize.encode(w, Format(8)), True),
+        (lambda w: quantize.encode(w, Format(4, symmetric=False, granularity=PerTensor())), True),
+        (lambda w: quantize.encode(w, quantize.mxfp4()), True),
+        (lambda w: share.codebooks({"w": w}, clusters=4)["w"], False),
+        (lambda w: BlockSparseArray.encode(w * (w > 0), (16, 16)), False),
+        (lambda w: BlockSparseArray.encode(w * (w > 0), (16, 16), batch_axes=1), True),
+    ],
+    ids=["channels", "one scale", "mxfp4", "shared", "blocks", "blocks of each"],
+)
+def test_layers_in_a_loop_may_share_their_scales(encode, is_read):
+    leaf, x = encode(square(shape=(3, 32, 32))), square(1, (4, 32))
+    model = accelerate(
+        lambda params, x: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["w"])[0]
+    )
+    told = model.describe({"w": leaf}, x)
+    assert ("_matmul" in told) == is_read
+    assert ("left: w, read by dot_general" in told) == (not is_read)
+    expected = model.apply_fn({"w": leaf.decode()}, x)
+    np.testing.assert_allclose(jax.jit(model)({"w": leaf}, x), expected, atol=1e-5)
+
+
+def test_a_derivative_that_the_user_wrote_is_kept():
+    @jax.custom_vjp
+    def layer(w, x):
+        return x @ w
+
+    layer.defvjp(lambda w, x: (x @ w, (w, x)), lambda kept, dy: (kept[0], 1000 * (dy @ kept[0].T)))
+    leaf, x = quantize.encode(square(), Format(8)), square(1)
+    model = accelerate(lambda params, x: layer(params["w"], x))
+    assert "a derivative of its own" in model.describe({"w": leaf}, x)
+    found = jax.grad(lambda x: model({"w": leaf}, x).sum())(x)
+    np.testing.assert_allclose(found, 1000 * jnp.ones_like(x) @ leaf.decode().T, rtol=1e-5)
+
+
+def test_sums_are_kept_as_wide_as_the_model_asks():
+    w, x = square(shape=(512, 32), dtype=jnp.bfloat16), square(1, (4, 512), jnp.bfloat16)
+    wide = lambda x, w: jnp.matmul(x, w, preferred_element_type=jnp.float32)
+    leaf = quantize.encode(w, Format(8))
+    model = accelerate(lambda params, x: wide(x, params["w"]))
+    assert "quantized_matmul" in model.describe({"w": leaf}, x)
+    found = model({"w": leaf}, x)
+    exact = np.asarray(x, np.float64) @ np.asarray(leaf.decode(), np.float64)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, exact, atol=0.02)
+    masked = accelerate(lambda params, x: wide(x, jnp.where(params["w"] > 0, params["w"], 0)))
+    assert "its sums are kept in float32" in masked.describe({"w": w}, x)
+    np.testing.assert_array_equal(masked({"w": w}, x), masked.apply_fn({"w": w}, x))
+    # Other activations than the leaf's are promoted as in the model.
+    whole = accelerate(lambda params, x: x @ params["w"])
+    ids = jnp.eye(4, 512, dtype=jnp.int32)
+    np.testing.assert_array_equal(whole({"w": leaf}, ids), leaf.decode()[:4])
+
+
+def test_a_convolution_that_asks_for_precision_is_left():
+    w, x = square(shape=(3, 8, 8)), square(1, (2, 16, 8))
+    model = accelerate(
+        lambda params, x: jax.lax.conv_general_dilated(
+            x, jnp.where(params["w"] > 0, params["w"], 0), (1,), "SAME", precision="highest",
+            dimension_numbers=("NWC", "WIO", "NWC"),
+        )
+    )  # fmt: skip
+    assert "asks for the precision" in model.describe({"w": w}, x)
+
+
+@pytest.mark.parametrize(
+    ("product", "before"),
+    [
+        (lambda x, w: jax.checkpoint(jnp.matmul)(x, w), "checkpoint"),
+        (lambda x, w: x @ w.T, "transpose"),
+        (lambda x, w: jax.lax.scan(lambda x, w: (x @ w, None), x, w[None])[0], "broadcast"),
+    ],
+    ids=["again", "turned", "in a loop"],
+)
+def test_a_weight_that_is_masked_outside_is_left_with_the_reason(product, before):
+    w, x = square(), square(1)
+    model = accelerate(lambda params, x: product(x, jnp.where(params["w"] > 0, params["w"], 0)))
+    told = model.describe({"w": w}, x)
+    assert "left: dot_general: its weight is compressed before" in told
+    assert before in told.replace("remat2", "checkpoint")

@@ -14,7 +14,7 @@ from jaxcomp.arrays.bits import unpack_bits_host
 from jaxcomp.arrays.block_sparse import BlockSparseArray
 from jaxcomp.kernels.block_sparse import mosaic_gpu, tpu, triton, xla
 from jaxcomp.kernels.forms import Kernel, choose
-from jaxcomp.kernels.placed import Axes, explicit, placed
+from jaxcomp.kernels.placed import Axes, explicit, flat_rows, placed, unflat_rows
 
 # Lists of blocks are of the whole grid: only rows lie on several devices.
 _WHOLE = dict.fromkeys("iokcnpq", 1 << 62)
@@ -42,8 +42,8 @@ def block_sparse_matmul(
         x: activations, ``(*rows, inputs)``.
         weight: a matrix ``(inputs, outputs)``, in blocks of any size.
         implementation: ``"xla"``, ``"triton"``, ``"mosaic_gpu"`` (Hopper; bfloat16 or float16),
-            ``"mosaic_tpu"``, or None for what :func:`tuned` says, or the platform's first that
-            fits; static.
+            ``"mosaic_tpu"``, or None for what :func:`tuned` says (which alone takes
+            ``"mosaic_gpu"``), or the platform's first that fits; static.
 
     Returns:
         ``(*rows, outputs)``, summed in float32 (float64 for float64), in the dtype that ``x`` and
@@ -72,7 +72,7 @@ def block_sparse_matmul(
         )
     if x.ndim < 1 or x.shape[-1] != weight.shape[0]:
         raise ValueError(f"x {x.shape} must be (*rows, inputs), weight {weight.shape}")
-    rows = x.reshape(-1, x.shape[-1])
+    rows = flat_rows(x)
     block = (1,) * (2 - len(weight.block_shape)) + weight.block_shape
     values = weight.values.reshape(weight.values.shape[0], *block)
     pattern = _pattern(weight)
@@ -82,8 +82,10 @@ def block_sparse_matmul(
         keep, known = jnp.asarray(pattern), pattern.tobytes()
         values = values[: max(int(pattern.sum()), 1)]
     static = (weight.grid, known, implementation)
-    y: Any = _product(static, rows, values, keep)
-    return y.reshape(*x.shape[:-1], weight.shape[1])
+    # What Pallas interprets of Mosaic for GPUs cannot be part of another program.
+    product = _product if implementation == "mosaic_gpu" else _product_jit
+    y: Any = product(static, rows, values, keep)
+    return unflat_rows(y.reshape(rows.shape[0], weight.shape[1]), x)
 
 
 def block_sparse_matmul_reference(x: Any, weight: BlockSparseArray) -> jax.Array:
@@ -122,6 +124,8 @@ def _product_backward(static: Any, kept: Any, dy: jax.Array) -> Any:
 
 
 _product.defvjp(_product_forward, _product_backward)
+# Outside `jit` one program, instead of one for every operation in every call.
+_product_jit = jax.jit(_product, static_argnums=0)
 
 
 def _run(kind: str, static: Any, *arrays: jax.Array) -> jax.Array:

@@ -63,7 +63,7 @@ def to_values() -> Kernel:
     def misfit(x: Any, dy: Any, values: Any, keep: Any) -> str | None:
         return unfit(x, values, keep) or unfit(dy, values, keep)
 
-    return Kernel(run, misfit, _TILES)
+    return Kernel(run, misfit, _TILES, tuned_only=True)
 
 
 def unfit(x: Any, values: Any, keep: Any) -> str | None:
@@ -97,7 +97,7 @@ def _by_lists(by_column: bool) -> Kernel:
         )(*along, x, values)
         return y[:count].reshape(count, lines, side)
 
-    return Kernel(run, unfit, _TILES)
+    return Kernel(run, unfit, _TILES, tuned_only=True)
 
 
 def _kernel(

@@ -9,7 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxcomp.arrays import BlockSparseArray, CodebookArray, QuantizedArray, is_compressed
+from jaxcomp.arrays import (
+    BlockSparseArray,
+    CodebookArray,
+    GridArray,
+    QuantizedArray,
+    is_compressed,
+)
 from jaxcomp.kernels.block_sparse.matmul import block_sparse_matmul
 from jaxcomp.kernels.codebook.matmul import codebook_matmul
 from jaxcomp.kernels.fake_quant.conv import fake_quant_conv
@@ -20,12 +26,14 @@ from jaxcomp.kernels.masked.matmul import masked_matmul
 from jaxcomp.kernels.quantized.matmul import quantized_matmul
 from jaxcomp.marks import read_mark
 from jaxcomp.model import tapped
+from jaxcomp.model.accelerated.stacked import Unfit, stacked
 from jaxcomp.model.program import Block, Op, Program, Value
 from jaxcomp.model.readers import TURN, Reader, readers
 
 _KERNELS: dict[type, Callable[..., jax.Array]] = {
     BlockSparseArray: block_sparse_matmul,
     CodebookArray: codebook_matmul,
+    GridArray: quantized_matmul,
     QuantizedArray: quantized_matmul,
 }
 _CONV = (
@@ -40,10 +48,6 @@ _LAYOUTS = frozenset(
 )
 # Bodies that hand nothing around.
 _INLINE = frozenset({"custom_jvp_call", "custom_vjp_call", "remat2", "checkpoint"})
-
-
-class Unfit(Exception):
-    """A product that no kernel computes; the message says why."""
 
 
 class Planned(NamedTuple):
@@ -100,24 +104,32 @@ def make_plan(program: Program, leaves: Mapping[str, Any]) -> Plan:
     outside = {op: bodies for op, bodies in tapped.around(program)}
     for path in [path for path in leaves if path not in needed]:
         for reader in readers(program, path):
-            name = path if path not in products else f"{path}, {reader.op}"
             try:
-                products[name] = _of_leaf(path, leaves[path], reader, outside)
+                products[_free(path, products)] = _of_leaf(path, leaves[path], reader, outside)
             except Unfit as error:
                 needed.add(path)
-                left[f"{path}, read by {reader.op or 'the caller'}"] = str(error)
+                name = f"{path}, read by {reader.op or 'the caller'}"
+                left[_free(name, left)] = str(error)
     taken = {at.op for at in products.values()}
     for op, bodies in outside.items():
         if op in taken or op.name not in ("dot_general", "conv_general_dilated"):
             continue
-        name = f"{op}, {len(products) + len(left)}"
         try:
-            planned = _of_dense(op, bodies[-1][1] if bodies else program.block, bodies)
+            planned = _of_dense(op, program, bodies)
         except Unfit as error:
-            left[name] = str(error)
+            left[_free(str(op), left)] = str(error)
         else:
-            products.update({name: planned} if planned else {})
+            products.update({_free(str(op), products): planned} if planned else {})
     return Plan(products, left, frozenset(needed))
+
+
+def _free(name: str, taken: Mapping[str, Any]) -> str:
+    """A name that is not taken."""
+    count = itertools.count(2)
+    found = name
+    while found in taken:
+        found = f"{name} ({next(count)})"
+    return found
 
 
 def swap_of(name: str, at: Planned, implementation: str | None) -> tapped.Swap:
@@ -132,7 +144,8 @@ def swap_of(name: str, at: Planned, implementation: str | None) -> tapped.Swap:
 
     def of_leaf(entries: Any, inputs: tuple[Any, ...], bind: Any) -> Any:
         leaf = entries[name]
-        x = _inputs_last(at.op, inputs[0])
+        # What is wider than the activations is summed and kept so.
+        x = _inputs_last(at.op, inputs[0]).astype(dtype)
         # A loop that gets slices of a leaf would stack them up again.
         after = {name: ()} if at.spent else entries
         return [_KERNELS[type(leaf)](x, leaf, implementation=implementation).astype(dtype)], after
@@ -184,32 +197,41 @@ def _of_leaf(path: str, leaf: Any, reader: Reader, outside: Mapping[Op, Any]) ->
     kernel = _KERNELS.get(type(leaf))
     if kernel is None:
         raise Unfit(f"no kernel reads a {type(leaf).__name__}")
-    _check_dot(reader.op, reader.operand, outside[reader.op])
+    _check_dot(reader.op, reader.operand)
+    _check_place(reader.op, outside[reader.op])
     if any(step != TURN for step in reader.steps):
         raise Unfit("its layout is changed before it is multiplied")
     around = tuple(op for op, _ in outside[reader.op] if op.name not in _INLINE)
+    jax.eval_shape(lambda leaf: stacked(leaf, len(reader.loops)), leaf)
     spent = around == reader.loops
     return Planned(reader.op, kernel.__name__, path, reader.loops, spent=spent)
 
 
-def _check_dot(op: Op, operand: int, bodies: Any) -> None:
+def _check_dot(op: Op, operand: int) -> None:
     if op.name != "dot_general":
         raise Unfit(f"{op.name} is no matrix product")
     contracted, batch = op.params["dimension_numbers"]
     if operand != 1 or len(op.inputs[1].shape) != 2 or batch[0] or tuple(contracted[1]) != (0,):
         raise Unfit("it is not the right operand of a product over its first axis")
+
+
+def _check_place(op: Op, bodies: Any) -> None:
+    """That a product, of any kind, can be swapped where it stands."""
     if op.params.get("precision") not in (None, jax.lax.Precision.DEFAULT):
         asked = op.params["precision"]
         if any(each != jax.lax.Precision.DEFAULT for each in asked):
             raise Unfit(f"the product asks for the precision {asked}")
+    if any(each.name in tapped.RULES for each, _ in bodies):
+        raise Unfit("it is inside a function with a derivative of its own, which would be lost")
     reason = tapped.obstacle(bodies)
     if reason:
         raise Unfit(reason)
 
 
-def _of_dense(op: Op, block: Block, bodies: Any) -> Planned | None:
+def _of_dense(op: Op, program: Program, bodies: Any) -> Planned | None:
     """A product with a weight that the program masks or rounds right there; None for any other."""
-    makers = {out: each for each in block.ops for out in each.outputs}
+    block = bodies[-1][1] if bodies else program.block
+    makers = _makers(block)
     made, through = _maker(op.inputs[1], makers)
     rounding, reads = _rounded(made) if made is not None else (None, None)
     if made is not None and reads is None:
@@ -217,14 +239,15 @@ def _of_dense(op: Op, block: Block, bodies: Any) -> Planned | None:
         inside = made.name in tapped.RULES and through is not None
         reads = _masked_inside(made) if inside else _masked(made, makers)
     if reads is None:
-        return _check_none(op, makers, through)
+        return _check_none(op, program, bodies, through)
     if op.name == "dot_general":
-        _check_dot(op, 1, bodies)
+        _check_dot(op, 1)
     elif op.params["batch_group_count"] != 1:
         raise Unfit("it groups its batch")
-    reason = tapped.obstacle(bodies)
-    if reason:
-        raise Unfit(reason)
+    _check_place(op, bodies)
+    summed, dtype = op.outputs[0].dtype, jnp.result_type(*(each.dtype for each in op.inputs[:2]))
+    if jnp.promote_types(summed, dtype) != dtype:
+        raise Unfit(f"its sums are kept in {summed}, which kernels would round to {dtype}")
     if through is not None:
         if reads[0].dtype != through.inputs[0].dtype:
             raise Unfit(f"its weight is cast to {reads[0].dtype} by what compresses it")
@@ -234,7 +257,11 @@ def _of_dense(op: Op, block: Block, bodies: Any) -> Planned | None:
     return Planned(op, name, None, (), reads, rounding, through)
 
 
-def _check_none(op: Op, makers: Mapping[Value, Op], through: Op | None) -> None:
+def _makers(block: Block) -> dict[Value, Op]:
+    return {out: op for op in block.ops for out in op.outputs}
+
+
+def _check_none(op: Op, program: Program, bodies: Any, through: Op | None) -> None:
     """That a product without a kernel has no weight that was compressed, as far as it is noted."""
     if through is not None:
         raise Unfit(
@@ -242,14 +269,37 @@ def _check_none(op: Op, makers: Mapping[Value, Op], through: Op | None) -> None:
             "to this one is another thing"
         )
     for operand, value in enumerate(op.inputs[:2]):
-        turned = False
-        while (made := makers.get(value)) is not None and made.name in _LAYOUTS:
-            value, turned = made.inputs[0], True
-        if made is None or _note(made) is None:
+        made, makers, passed = _origin(value, program, bodies)
+        if made is None or (
+            _note(made) is None and (operand == 0 or _masked(made, makers) is None)
+        ):
             continue
-        if operand == 0 and not turned:
+        if operand == 0 and not passed:
             raise Unfit("its left operand is compressed, and kernels read the right one")
-        raise Unfit("its weight is compressed, and its layout changed before it is multiplied")
+        raise Unfit(f"its weight is compressed before {passed}, and kernels do it right there")
+
+
+def _origin(
+    value: Value, program: Program, bodies: Any
+) -> tuple[Op | None, dict[Value, Op], Op | None]:
+    """What made a value, however it was laid out and handed inside since, and the last such step.
+
+    Returns:
+        The operation, the makers of the values beside it, and the first operation after it.
+    """
+    outside, passed = list(bodies), None
+    while True:
+        block = outside[-1][1] if outside else program.block
+        makers = _makers(block)
+        while (made := makers.get(value)) is not None and made.name in _LAYOUTS:
+            value, passed = made.inputs[0], made
+        if made is not None or value not in block.inputs or not outside:
+            return made, makers, passed
+        around, _ = outside.pop()
+        # Where the inputs of the body are those of the operation, in their order.
+        if around.name not in _INLINE | {"scan"}:
+            return None, makers, passed
+        value, passed = around.inputs[block.inputs.index(value)], around
 
 
 def _maker(value: Value, makers: Mapping[Value, Op]) -> tuple[Op | None, Op | None]:
@@ -308,7 +358,7 @@ def _masked(made: Op, makers: Mapping[Value, Op]) -> tuple[Value, Value] | None:
 def _masked_inside(made: Op) -> tuple[Value, ...] | None:
     """As :func:`_masked` for the result of a function with its own derivative."""
     body = made.blocks[0]
-    makers = {out: each for each in body.ops for out in each.outputs}
+    makers = _makers(body)
     last = makers.get(body.outputs[0])
     masked = _masked(last, makers) if last is not None else None
     outer = dict(zip(body.inputs, made.inputs, strict=True))

@@ -14,12 +14,13 @@ from jaxcomp.checks import check_function
 from jaxcomp.kernels.forms import IMPLEMENTATIONS
 from jaxcomp.model import tapped
 from jaxcomp.model.accelerated.plan import Plan, Planned, make_plan, swap_of
+from jaxcomp.model.accelerated.stacked import stacked
 from jaxcomp.model.program import Program, read
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Accelerated:
-    """A model with kernels in it: called like the model, with the same arguments.
+    """A model with kernels in it: called like the model, with the same arrays.
 
     Attributes:
         apply_fn: the model as it was.
@@ -39,7 +40,11 @@ class Accelerated:
         leaves = tree_lib.flatten(params)
         program, plan = self._planned(params, leaves, inputs)
         values = [_value(path, leaf, plan) for path, leaf in leaves.items()]
-        state = {name: leaves[at.path] for name, at in plan.products.items() if at.path is not None}
+        state = {
+            name: stacked(leaves[at.path], len(at.loops))
+            for name, at in plan.products.items()
+            if at.path is not None
+        }
         swaps = {
             at.op: swap_of(name, at, self.implementation) for name, at in plan.products.items()
         }
@@ -58,7 +63,7 @@ class Accelerated:
         _, plan = self._planned(params, leaves, inputs)
         rows = [("kernel", "operation", "weight")]
         for at in plan.products.values():
-            weight = at.path or _weight(at)
+            weight = _weight(at) if at.path is None else at.path or "the only leaf"
             rows.append((at.kernel, str(at.op), weight))
         table = columns.table(rows, left=len(rows[0]))
         return "\n".join([table, *(f"left: {name}: {why}" for name, why in plan.left.items())])
@@ -80,12 +85,14 @@ def accelerate(apply_fn: Callable[..., Any], implementation: Any = None) -> Acce
     parameters counts where ``apply_fn`` calls it, with its gradients.
 
     Everything else runs as it was, decoded where it is used; :meth:`Accelerated.describe` names it
-    with the reason. The model does not change.
+    with the reason. The model does not change. What a kernel computes has no forward-mode
+    derivative, and gives none to the scales of a quantized leaf.
 
     The program is read in each call: put it inside ``jit``, as a model is anyway.
 
     Args:
-        apply_fn: a function of ``(params, *inputs)``.
+        apply_fn: a function of ``(params, *inputs)``, pytrees of arrays; what else the model takes
+            is given in a ``lambda`` around it.
         implementation: of the kernels, see :mod:`jaxcomp.kernels`; None for the best on the
             platform.
 
