@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from jaxcomp.kernels.tables import IMPLEMENTATIONS
 from jaxcomp.model.timing import milliseconds
 
 ROWS, SHAPES = (1, 16, 256, 4096), ((4096, 4096), (4096, 14336))
@@ -127,10 +128,10 @@ def predicted(options: Any) -> Table:
     for head in ("operation", "rows", "matrix", "floor, µs", "dense floor, µs", "ratio at best"):
         table.add_column(head, justify="left" if head == "operation" else "right")
     for name, case in selected(options).items():
-        for shape in SHAPES:
-            for rows in ROWS:
+        for shape in options.shapes or SHAPES:
+            for rows in options.rows or ROWS:
                 ours, plain = (
-                    f(case, rows, shape, jnp.bfloat16, chip) for f in (floor, dense_floor)
+                    f(case, rows, shape, jnp.dtype("bfloat16"), chip) for f in (floor, dense_floor)
                 )
                 table.add_row(
                     name, str(rows), "×".join(map(str, shape)), f"{1e6 * ours:.1f}",
@@ -139,9 +140,8 @@ def predicted(options: Any) -> Table:
     return table
 
 
-def timed(options: Any) -> Table:
+def timed(options: Any, dtype: Any) -> Table:
     small = jax.default_backend() == "cpu"
-    dtype = jnp.dtype(options.dtype or ("float32" if small else "bfloat16"))
     chip = measured_chip(dtype)
     title = (
         f"{chip.name}, {dtype.name}: a copy {chip.bandwidth / 1e9:.0f} GB/s, a product "
@@ -173,6 +173,22 @@ def selected(options: Any) -> dict[str, Case]:
     return {name: case for name, case in CASES.items() if options.only in name}
 
 
+def shape_of(text: str) -> tuple[int, int]:
+    inputs, outputs = map(int, text.split("x"))
+    return inputs, outputs
+
+
+def check(parser: argparse.ArgumentParser, options: Any) -> None:
+    """Say what makes no sense before anything is measured."""
+    if not selected(options):
+        parser.error(f"--only {options.only}: no such operation among {', '.join(CASES)}")
+    sizes = [*(options.rows or ()), *(size for shape in options.shapes or () for size in shape)]
+    if options.repeats < 1 or min(sizes, default=1) < 1:
+        parser.error("--repeats, --rows and --shapes are from 1 on")
+    if options.roofline and (options.dtype or options.implementation):
+        parser.error("--roofline predicts for bfloat16 by no implementation: leave both out")
+
+
 def conditions() -> str:
     versions = ", ".join(f"{n} {importlib.metadata.version(n)}" for n in ("jax", "jaxlib"))
     return (
@@ -186,17 +202,29 @@ def main() -> None:
     parser.add_argument("--roofline", choices=SHEETS, help="predict for this chip, measure nothing")
     parser.add_argument("--only", default="", help="operations whose name holds this")
     parser.add_argument("--rows", type=int, nargs="+")
+    parser.add_argument("--shapes", nargs="+", type=shape_of, metavar="INxOUT")
+    kinds = ("float32", "bfloat16", "float16")
     parser.add_argument(
-        "--shapes", nargs="+", type=lambda text: tuple(map(int, text.split("x"))), metavar="INxOUT"
+        "--dtype", nargs="+", choices=kinds, help="of activations and of the dense weight"
     )
-    parser.add_argument("--dtype", help="of activations and of the dense weight")
-    parser.add_argument("--implementation", help="of the kernels, for all of them")
+    parser.add_argument(
+        "--implementation",
+        choices=IMPLEMENTATIONS,
+        help="of the kernels, for all of them; on a CPU Pallas interprets all but xla",
+    )
     parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument("--rotate", type=float, default=250, help="MB of weights taken in turn")
     options = parser.parse_args()
+    check(parser, options)
     began = conditions()
     console = Console(width=110, highlight=False)
-    console.print(predicted(options) if options.roofline else timed(options), began, sep="\n")
+    if options.roofline:
+        console.print(predicted(options))
+    else:
+        small = jax.default_backend() == "cpu"
+        for name in options.dtype or ["float32" if small else "bfloat16"]:
+            console.print(timed(options, jnp.dtype(name)))
+    console.print(began)
 
 
 if __name__ == "__main__":
