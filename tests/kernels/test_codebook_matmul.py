@@ -121,3 +121,34 @@ def test_bits_choose():
     entries = [jnp.float32(value) for value in range(8, 16)]
     indices = jnp.arange(8).reshape(2, 4)
     np.testing.assert_array_equal(choose_by_bits(indices, entries), indices + 8)
+
+
+@pytest.mark.parametrize("clusters", [16, 5])
+@pytest.mark.parametrize("shape", [(0, 16, 8), (3, 0, 8), (3, 16, 0)])
+def test_a_product_of_nothing_is_zeros(shape, clusters):
+    rows, inputs, outputs = shape
+    weight, x = leaf(clusters, inputs, outputs), normal(2, rows, inputs)
+    assert codebook_matmul(x, weight).shape == (2, rows, outputs)
+    assert_same(x, weight)
+
+
+@pytest.mark.parametrize("groups", [None, 2])
+@pytest.mark.parametrize(
+    ("shape", "spec"), [((4, 16), ("d",)), ((4, 3, 16), ("d", None, "m")), ((4, 16), ())]
+)
+def test_gradients_lie_as_what_they_are_of_on_explicit_axes(shape, spec, groups):
+    explicit = (jax.sharding.AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((2, 4), ("d", "m"), axis_types=explicit)
+    weight, x = leaf(16, 16, 8, groups), normal(*shape)
+
+    def loss(x, codebook):
+        y = codebook_matmul(x, dataclasses.replace(weight, codebook=codebook))
+        return jnp.sum(y**2)
+
+    placed = jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+    expected = jax.grad(loss, (0, 1))(x, weight.codebook)
+    with jax.set_mesh(mesh):
+        plain = jax.grad(loss, (0, 1))(placed, weight.codebook)
+    for found in (plain, jax.jit(jax.grad(loss, (0, 1)))(placed, weight.codebook)):
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-3)

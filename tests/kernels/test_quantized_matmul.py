@@ -1,5 +1,7 @@
 """What the contract of products does not ask of packed codes: forms, granularities, meshes."""
 
+import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from product_row import exact
 
 from jaxcomp import quantize
+from jaxcomp.arrays.quantized import QuantizedArray
 from jaxcomp.kernels.quantized.activations import _in_8_bits, quantize_rows
 from jaxcomp.kernels.quantized.matmul import quantized_matmul
 from jaxcomp.kernels.quantized.packed import packed_matrix
@@ -164,3 +167,88 @@ def test_infinities_are_as_in_the_dense_product(form):
     y = exact(quantized_matmul(x, leaf, implementation=form))
     for kind in (np.isnan, np.isposinf, np.isneginf):
         np.testing.assert_array_equal(kind(y), kind(expected))
+
+
+@pytest.mark.parametrize("activations", [None, "int8"])
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint8, jnp.bool_])
+def test_whole_numbers_become_floats(dtype, activations):
+    _, leaf, _ = made(Format(8), (16, 8))
+    x = jnp.asarray(np.random.default_rng(1).integers(0, 2, (3, 16)), dtype)
+    y = quantized_matmul(x, leaf, activations=activations)
+    assert y.dtype == leaf.dtype
+    assert_close(y, exact(x) @ exact(leaf.decode()))
+    none = quantized_matmul(x[:0], leaf, activations=activations)
+    assert (none.shape, none.dtype) == ((0, 8), leaf.dtype)
+
+
+@pytest.mark.parametrize("form", ["int8", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("size", [1e-30, 1e-34, 1e-36, 1e-37])
+def test_rows_of_tiny_numbers_stay_finite(form, size):
+    x, leaf, _ = made(Format(8) if form == "int8" else quantize.fp8(form[7:11]), (32, 8))
+    x = (x * size).at[:, 5].set(0).at[2, 3].set(jnp.nan)
+    codes, scale = jax.jit(quantize_rows, static_argnums=1)(x, form)
+    found = exact(codes) * exact(scale)
+    assert np.isnan(found[2]).any()
+    rest = np.array([0, 1, 3, 4])
+    assert (found[rest, 5] == 0).all()
+    # A scale that is not smaller than the least normal number is a step of int8.
+    assert_close(found[rest], exact(x)[rest], 0.13)
+    y = exact(quantized_matmul(x, leaf, activations=form))
+    assert np.isfinite(y[rest]).all()
+    assert np.isnan(y[2]).all()
+
+
+@pytest.mark.parametrize("rows", [8, 40])
+@pytest.mark.parametrize("implementation", ["xla", "triton"])
+@pytest.mark.parametrize(("dtype", "half"), [(jnp.float16, 2**-11), (jnp.bfloat16, 2**-8)])
+def test_rounded_activations_are_rounded_once_more(dtype, half, implementation, rows):
+    """The result of few rows is as near as that of many, half a step of its dtype."""
+    x, leaf, _ = made(Format(8), rows=rows, dtype=dtype)
+    small, scale = quantize_rows(x, "int8")
+    expected = exact(small) * exact(scale) @ exact(leaf.decode())
+    y = quantized_matmul(x, leaf, activations="int8", implementation=implementation)
+    assert y.dtype == dtype
+    np.testing.assert_allclose(exact(y), expected, rtol=1.01 * half, atol=1e-4)
+
+
+@pytest.mark.parametrize("activations", [None, "int8"])
+@pytest.mark.parametrize("shape", [(0, 16, 8), (3, 0, 8), (3, 16, 0), (40, 0, 8)])
+def test_a_product_of_nothing_is_zeros(shape, activations):
+    rows, inputs, outputs = shape
+    leaf = QuantizedArray(
+        jnp.zeros((inputs, outputs), jnp.uint8), jnp.ones((1, 1)), None, 8, outputs, (), jnp.float32
+    )
+    x = jnp.ones((2, rows, inputs))
+    for form in (None, "xla", "triton"):
+        run = partial(quantized_matmul, activations=activations, implementation=form)
+        y, back = jax.vjp(lambda x, run=run: run(x, leaf), x)
+        np.testing.assert_array_equal(y, np.zeros((2, rows, outputs)))
+        np.testing.assert_array_equal(back(y)[0], np.zeros(x.shape))
+    with pytest.raises(ValueError, match="has no form 'bogus'"):
+        quantized_matmul(x, leaf, activations=activations, implementation="bogus")
+
+
+PLACES = {
+    "rows": ((4, 16), ("d",), None),
+    "inputs": ((4, 3, 16), ("d", None, "m"), None),
+    "weight's inputs": ((4, 16), ("d",), ("m", None)),
+    "weight's outputs": ((4, 16), ("d",), (None, "m")),
+}
+
+
+@pytest.mark.parametrize("activations", [None, "int8"])
+@pytest.mark.parametrize("place", PLACES)
+def test_gradients_lie_as_the_activations_on_explicit_axes(place, activations):
+    shape, spec, of_codes = PLACES[place]
+    _, leaf, _ = made(Format(8), (16, 8))
+    mesh = jax.make_mesh((2, 4), ("d", "m"), axis_types=(AxisType.Explicit,) * 2)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
+    placed = jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+    loss = lambda x, leaf: jnp.sum(quantized_matmul(x, leaf, activations=activations) ** 2)
+    expected = exact(jax.grad(loss)(x, leaf))
+    if of_codes is not None:
+        codes = jax.device_put(leaf.codes, NamedSharding(mesh, PartitionSpec(*of_codes)))
+        leaf = dataclasses.replace(leaf, codes=codes)
+    assert_close(jax.jit(jax.grad(loss))(placed, leaf), expected)
+    with jax.set_mesh(mesh):
+        assert_close(jax.grad(loss)(placed, leaf), expected)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from jaxcomp.arrays.codebook import CodebookArray, index_bits
 from jaxcomp.kernels.codebook import tpu, triton, xla
 from jaxcomp.kernels.forms import Kernel, choose
-from jaxcomp.kernels.placed import Axes, explicit, placed
+from jaxcomp.kernels.placed import Axes, explicit, flat_rows, placed, unflat_rows
 
 # What a device's part of the inputs and of the bytes of the outputs must be a multiple of.
 _PARTS = {"triton": (16, triton.WIDTH), "mosaic_tpu": (128, tpu.WIDTH)}
@@ -30,7 +30,7 @@ def codebook_matmul(
         x: activations, ``(*rows, inputs)``.
         weight: a matrix ``(inputs, outputs)``.
         implementation: ``"xla"``, ``"triton"``, ``"mosaic_tpu"``, or None for the best on the
-            platform; static.
+            platform; static. Of the product: gradients are XLA's, which builds the dense weight.
 
     Returns:
         ``(*rows, outputs)``, summed in float32 (float64 for float64), in the dtype that ``x`` and
@@ -55,22 +55,23 @@ def codebook_matmul(
         raise ValueError(f"a leaf of shape {shape} is no matrix: take one layer of it")
     if x.ndim < 1 or x.shape[-1] != shape[0]:
         raise ValueError(f"x {x.shape} must be (*rows, inputs), weight {shape}")
-    rows, bits = x.reshape(-1, x.shape[-1]), index_bits(weight.clusters)
+    rows, bits = flat_rows(x), index_bits(weight.clusters)
     books = codebook.reshape(-1, weight.clusters)
     reason = _unpackable(weight, bits, books.shape[0])
     if reason:
         plain = lambda x, weight: _decoded(x, weight)
         if implementation not in (None, "xla"):
             kernels = {name: Kernel(plain, lambda *_: reason) for name in _PARTS}
-            return choose("codebook_matmul", plain, kernels, (rows, weight), implementation)
-        return _decoded(rows, weight).reshape(*x.shape[:-1], shape[1])
+            y = choose("codebook_matmul", plain, kernels, (rows, weight), implementation)
+            return unflat_rows(y, x)
+        return unflat_rows(_decoded(rows, weight), x)
     # Indices of padding have any value, but one.
     missing = (1 << bits) - weight.clusters
     books = jnp.pad(books.astype(weight.dtype), ((0, 0), (0, missing)), mode="edge")
     shifts = jnp.arange(8 // bits, dtype=jnp.int32) * bits
     y: Any = _product((bits, implementation), rows, weight.indices, books, shifts)
     y = y.reshape(rows.shape[0], y.shape[1] * y.shape[2])[:, : shape[1]]
-    return y.reshape(*x.shape[:-1], shape[1])
+    return unflat_rows(y, x)
 
 
 def codebook_matmul_reference(x: Any, weight: CodebookArray) -> jax.Array:
@@ -127,8 +128,8 @@ def _product_backward(static: Any, kept: Any, dy: jax.Array) -> Any:
     rows, indices, book, parts = forward.arrays
     to_input = Axes((forward.result, indices, book, parts), rows)
     to_codebook = Axes((rows, forward.result, indices, book), book)
-    dx = explicit(partial(xla.to_input, bits), to_input)(dy, packed, codebook, shifts)
-    dbook = explicit(partial(xla.to_codebook, bits), to_codebook)(x, dy, packed, codebook)
+    dx = explicit(partial(xla.to_input, bits), to_input, x)(dy, packed, codebook, shifts)
+    dbook = explicit(partial(xla.to_codebook, bits), to_codebook, codebook)(x, dy, packed, codebook)
     return dx.astype(x.dtype), None, dbook, None
 
 

@@ -35,6 +35,9 @@ def forward(
         shifts: where the parts of a byte begin; of these only how many is read.
     """
     parts = shifts.shape[0]
+    if 0 in (x.shape[0], *packed.shape):
+        shape = (x.shape[0], packed.shape[1], parts)
+        return jnp.zeros(shape, jnp.result_type(x, codebook))
     in_blocks = partial(_forward_in_blocks, bits, parts)
     whole = partial(_products, _chosen, bits, parts)
     totals = lax.platform_dependent(x, packed, codebook, cpu=in_blocks, default=whole)
@@ -122,7 +125,8 @@ def _scattered(shape: tuple[int, ...], weights: jax.Array, indices: jax.Array) -
 
 def _selected(shape: tuple[int, ...], weights: jax.Array, indices: jax.Array) -> jax.Array:
     """One pass for each value: in a scatter all weights would wait for a few places."""
-    weights, indices = (a.reshape(a.shape[0], shape[0], -1) for a in (weights, indices))
+    inputs, groups, width = weights.shape[0], shape[0], weights.shape[1] // shape[0]
+    weights, indices = (a.reshape(inputs, groups, width) for a in (weights, indices))
     pick = lambda entry: jnp.sum(jnp.where(indices == entry, weights, 0), (0, 2))
     return jnp.stack([pick(entry) for entry in range(shape[1])], -1)
 

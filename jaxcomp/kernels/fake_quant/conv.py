@@ -87,6 +87,7 @@ def fake_quant_conv(
         ValueError: shapes or arguments that do not fit, or a form that there is not.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> x, w = jnp.ones((1, 4, 1)), jnp.array([0.1, 2.0, 3.0]).reshape(3, 1, 1)
         >>> layout = ("NWC", "WIO", "NWC")
         >>> fake_quant_conv(x, w, Rounding(3), (1,), "SAME", dimension_numbers=layout).ravel()
@@ -133,6 +134,7 @@ def fake_quant_conv_reference(
     """The forward of :func:`fake_quant_conv` with a scale that is found, written plainly.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> x, w = jnp.ones((1, 1, 4)), jnp.array([0.1, 2.0, 3.0]).reshape(1, 1, 3)
         >>> fake_quant_conv_reference(x, w, Rounding(3, axis=None), (1,), "VALID").ravel()
         Array([5., 5.], dtype=float32)

@@ -126,8 +126,8 @@ def nothing_of(x: jax.Array) -> jax.Array:
     """An array of nothing, of the dtype of another, from which it is derived.
 
     Example:
-        >>> nothing_of(jnp.ones((2, 3)))
-        Array([], dtype=float32)
+        >>> nothing_of(jnp.ones((2, 3))).shape
+        (0,)
     """
     return automatic(lambda x: x.reshape(x.size)[:0], PartitionSpec())(x)
 
@@ -196,8 +196,8 @@ def differentiated_once(arrays: Any) -> Any:
         NotImplementedError: they are differentiated.
 
     Example:
-        >>> differentiated_once(1)
-        1
+        >>> differentiated_once(jnp.arange(2))
+        Array([0, 1], dtype=int32)
     """
     return arrays
 

@@ -44,9 +44,11 @@ def quantize_rows(
     dtype, wide = jnp.dtype(form), x.astype(jnp.promote_types(x.dtype, jnp.float32))
     top = 127.0 if form == "int8" else float(jnp.finfo(dtype).max)
     largest = jnp.max(jnp.abs(wide), axis=-1, keepdims=True, initial=0)
+    # XLA flushes smaller scales to zero.
+    least = float(jnp.finfo(wide.dtype).smallest_normal)
+    scale = jnp.where(largest == 0, 1, jnp.maximum(largest / top, least))
     # XLA's maximum on a CPU may pass a NaN by.
-    largest = jnp.where(jnp.isnan(wide).any(axis=-1, keepdims=True), jnp.nan, largest)
-    scale = jnp.where(largest == 0, 1, largest / top)
+    scale = jnp.where(jnp.isnan(wide).any(axis=-1, keepdims=True), jnp.nan, scale)
     ratio = jnp.clip(wide / scale, -top, top)
     return (jnp.round(ratio) if form == "int8" else ratio).astype(dtype), scale
 
@@ -79,9 +81,11 @@ def forward(
         by_group: scale, zero points if affine, and the scales of rows.
     """
     *packed, x_scale = by_group
+    if 0 in (*x.shape, coding.outputs):
+        return jnp.zeros((x.shape[0], coding.outputs), dtype)
 
     def in_floats(x: jax.Array, *packed: jax.Array) -> jax.Array:
-        return xla.forward(coding, x.astype(jnp.float32), *packed)
+        return xla.forward(coding, jnp.float32, x.astype(jnp.float32), *packed)
 
     in_8_bits = partial(_in_8_bits, coding)
     sums = lax.platform_dependent(x, codes, *packed, cpu=in_floats, default=in_8_bits)

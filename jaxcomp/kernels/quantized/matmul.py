@@ -6,16 +6,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Shaped
 
 from jaxcomp.arrays.grid import GridArray
 from jaxcomp.arrays.quantized import QuantizedArray
 from jaxcomp.kernels.forms import Kernel, choose
-from jaxcomp.kernels.placed import Axes, explicit, placed
+from jaxcomp.kernels.placed import Axes, explicit, flat_rows, placed, unflat_rows
 from jaxcomp.kernels.quantized import tpu, triton, triton_rounded, xla
 from jaxcomp.kernels.quantized.activations import MANY_ROWS, quantize_rows, unfit_codes
 from jaxcomp.kernels.quantized.activations import forward as rounded
 from jaxcomp.kernels.quantized.packed import Coding, packed_matrix
+from jaxcomp.sharding import explicit_axes
 
 _FORMS = {"triton": triton, "mosaic_tpu": tpu}
 # What a device's part of the inputs and outputs must be a multiple of.
@@ -29,16 +30,16 @@ _KINDS = {
 
 
 def quantized_matmul(
-    x: Float[Array, "..."],
+    x: Shaped[Array, "..."],
     weight: Any,
     *,
     activations: str | None = None,
     implementation: Any = None,
-) -> Float[Array, "..."]:
+) -> Shaped[Array, "..."]:
     """``x @ weight.decode()``, the weight read as the codes that it is kept in.
 
     Args:
-        x: activations, ``(*rows, inputs)``.
+        x: activations, ``(*rows, inputs)``; integers and booleans become the leaf's dtype.
         weight: a quantized leaf of two axes, ``(inputs, outputs)``, of any form and granularity.
         activations: None, or what each row of ``x`` is rounded to first, with a scale of its own:
             ``"int8"`` (with integer codes, or ``float4_e2m1fn``), ``"float8_e4m3fn"`` or
@@ -80,11 +81,10 @@ def quantized_matmul(
     coding, arrays = packed_matrix(weight)
     if activations is not None and (reason := unfit_codes(coding, activations)):
         raise ValueError(reason)
-    if 0 in (*x.shape, *shape):
-        return jnp.zeros((*x.shape[:-1], shape[1]), x.dtype)
-    rows = x.reshape(-1, x.shape[-1])
-    y: Any = _product((coding, activations, implementation), rows, *arrays)
-    return y.reshape(*x.shape[:-1], shape[1])
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        x = x.astype(weight.dtype)
+    y: Any = _product((coding, activations, implementation), flat_rows(x), *arrays)
+    return unflat_rows(y, x)
 
 
 def quantized_matmul_reference(x: Any, weight: Any) -> jax.Array:
@@ -105,23 +105,25 @@ def _product(static: tuple[Coding, Any, Any], x: Any, codes: Any, scale: Any, ze
     coding, activations, implementation = static
     run = partial(_run, coding=coding, implementation=implementation)
     if activations is None:
-        return run("forward", x, codes, scale, zero)
+        return run("forward", x, codes, scale, zero, dtype=x.dtype)
     small, x_scale = quantize_rows(x, activations)
     if x.shape[0] >= MANY_ROWS:
         return run("rounded", small, codes, scale, zero, x_scale, dtype=x.dtype)
-    # Codes of 8 bits are exact in these.
-    exact = jnp.bfloat16 if x.dtype.itemsize == 2 else x.dtype
-    y = run("forward", small.astype(exact), codes, scale, zero)
-    return (y.astype(x_scale.dtype) * x_scale).astype(x.dtype)
+    # Codes of 8 bits are exact in any float; their sums are rounded once, when they are scaled.
+    y = run("forward", small.astype(x.dtype), codes, scale, zero, dtype=x_scale.dtype)
+    return (y * x_scale).astype(x.dtype)
 
 
 def _product_forward(static: Any, x: Any, codes: Any, scale: Any, zero: Any) -> Any:
-    return _product(static, x, codes, scale, zero), (codes, scale, zero)
+    # Only where it lies is of use afterwards.
+    like = x if explicit_axes(x, codes, scale) else None
+    return _product(static, x, codes, scale, zero), (like, codes, scale, zero)
 
 
 def _product_backward(static: Any, kept: Any, dy: jax.Array) -> Any:
-    coding, _, implementation = static
-    dx = _run("to_input", dy, *kept, coding=coding, implementation=implementation)
+    (coding, _, implementation), (like, *weight) = static, kept
+    how = {"coding": coding, "implementation": implementation}
+    dx = _run("to_input", dy, *weight, **how, dtype=dy.dtype, like=like)
     return dx, None, None, None
 
 
@@ -129,19 +131,19 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 def _run(
-    kind: str, *arrays: Any, coding: Coding, implementation: Any, dtype: Any = None
+    kind: str, *arrays: Any, coding: Coding, implementation: Any, dtype: Any, like: Any = None
 ) -> jax.Array:
     present = tuple(array for array in arrays if array is not None)
     groups, count = present[2].shape[0], len(present)
     size = present[1].shape[0] // groups if groups > 1 else 0
     name, _, plain = _KINDS[kind]
-    static = (coding,) if dtype is None else (coding, dtype)
+    static = (coding, dtype)
     forms = _kernels(kind, static, size, count)
 
     def run(*arrays: jax.Array) -> jax.Array:
         return choose(name, partial(plain, *static), forms, arrays, implementation)
 
-    return explicit(run, _axes(kind, size, count))(*present)
+    return explicit(run, _axes(kind, size, count), like)(*present)
 
 
 def _axes(kind: str, size: int, count: int) -> Axes:

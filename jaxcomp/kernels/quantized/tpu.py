@@ -30,7 +30,7 @@ _TILES = (
 _LANES = 128
 
 
-def forward(coding: Coding) -> Kernel:
+def forward(coding: Coding, dtype: Any) -> Kernel:
     """As :func:`jaxcomp.kernels.quantized.triton.forward`."""
 
     def run(
@@ -42,7 +42,7 @@ def forward(coding: Coding) -> Kernel:
         x, columns = pad_rows(x, tile), largest_divisor(columns, width)
         depth = largest_divisor(depth, inputs)
         by_group = pl.BlockSpec((parts, scale.shape[0], columns), lambda i, j, k: (0, 0, j))
-        shape = jax.ShapeDtypeStruct((parts, x.shape[0], width), x.dtype)
+        shape = jax.ShapeDtypeStruct((parts, x.shape[0], width), dtype)
         out = pl.pallas_call(
             partial(_forward, coding=coding, inputs=inputs),
             shape,
@@ -65,7 +65,7 @@ def forward(coding: Coding) -> Kernel:
     return Kernel(run, partial(unfit, coding), _TILES)
 
 
-def to_input(coding: Coding) -> Kernel:
+def to_input(coding: Coding, dtype: Any) -> Kernel:
     """As :func:`jaxcomp.kernels.quantized.triton.to_input`."""
 
     def run(
@@ -77,7 +77,7 @@ def to_input(coding: Coding) -> Kernel:
         left = jnp.moveaxis(pad_rows(dy, tile).reshape(-1, width, parts), -1, 0)
         columns, depth = largest_divisor(columns, width), largest_divisor(depth, inputs)
         by_group = pl.BlockSpec((parts, scale.shape[0], columns), lambda i, j, k: (0, 0, k))
-        shape = jax.ShapeDtypeStruct((left.shape[1], inputs), dy.dtype)
+        shape = jax.ShapeDtypeStruct((left.shape[1], inputs), dtype)
         out = pl.pallas_call(
             partial(_to_input, coding=coding, inputs=inputs),
             shape,

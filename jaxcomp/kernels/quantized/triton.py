@@ -38,8 +38,8 @@ _FEW_ROWS = 32
 _PROGRAMS = 528
 
 
-def forward(coding: Coding) -> Kernel:
-    """``x @ w`` of ``x (rows, inputs)``, codes, scale and, if affine, zero points."""
+def forward(coding: Coding, dtype: Any) -> Kernel:
+    """``x @ w`` in ``dtype``: ``x (rows, inputs)``, codes, scale and, if affine, zero points."""
 
     def run(x: Any, codes: Any, scale: Any, *zero: Any, interpret: bool, **tile: Any) -> jax.Array:
         # 64 bytes of a row of codes at least, or the memory reads what nobody asked for.
@@ -56,10 +56,10 @@ def forward(coding: Coding) -> Kernel:
         span, taken = inputs // splits, max(groups // splits, 1)
         at_group = lambda i, j, k: (k if groups > 1 else 0, j)
         by_group = pl.BlockSpec((taken, columns), at_group)
-        dtype = x.dtype if splits == 1 else jnp.float32
+        sums = dtype if splits == 1 else jnp.float32
         out = pl.pallas_call(
             partial(_forward, coding=coding, step=step),
-            jax.ShapeDtypeStruct((splits, x.shape[0], outputs), dtype),
+            jax.ShapeDtypeStruct((splits, x.shape[0], outputs), sums),
             grid=(*grid, splits),
             in_specs=[
                 pl.BlockSpec((rows, span), lambda i, j, k: (i, k)),
@@ -74,13 +74,13 @@ def forward(coding: Coding) -> Kernel:
             interpret=interpret,
             name="quantized_matmul",
         )(x, codes, scale, *zero)
-        return (out[0] if splits == 1 else out.sum(axis=0).astype(x.dtype))[:count]
+        return (out[0] if splits == 1 else out.sum(axis=0).astype(dtype))[:count]
 
     return Kernel(run, partial(unfit, coding), _TILES)
 
 
-def to_input(coding: Coding) -> Kernel:
-    """``dy @ w.T`` of ``dy (rows, outputs)``, codes, scale and, if affine, zero points."""
+def to_input(coding: Coding, dtype: Any) -> Kernel:
+    """``dy @ w.T`` in ``dtype``: ``dy (rows, outputs)``, codes, scale and, if affine, zeros."""
 
     def run(dy: Any, codes: Any, scale: Any, *zero: Any, interpret: bool, **tile: Any) -> jax.Array:
         sizes = tile or _MANY
@@ -91,7 +91,7 @@ def to_input(coding: Coding) -> Kernel:
         whole = pl.BlockSpec(scale.shape, lambda i, j: (0, 0))
         out = pl.pallas_call(
             partial(_to_input, coding=coding, step=step, size=inputs // scale.shape[0]),
-            jax.ShapeDtypeStruct((dy.shape[0], inputs), dy.dtype),
+            jax.ShapeDtypeStruct((dy.shape[0], inputs), dtype),
             grid=(dy.shape[0] // rows, inputs // columns),
             in_specs=[
                 pl.BlockSpec((rows, dy.shape[1]), lambda i, j: (i, 0)),

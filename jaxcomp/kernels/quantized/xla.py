@@ -19,9 +19,13 @@ from jaxcomp.kernels.quantized.packed import Coding, part_of_codes, parts_in_byt
 _BLOCK = 1 << 20
 
 
-def forward(coding: Coding, x: jax.Array, codes: jax.Array, scale: jax.Array, *zero: Any) -> Any:
-    """``x @ w`` of ``x (rows, inputs)``, codes, scale and, if affine, zero points."""
+def forward(
+    coding: Coding, dtype: Any, x: jax.Array, codes: jax.Array, scale: jax.Array, *zero: Any
+) -> jax.Array:
+    """``x @ w`` in ``dtype``: ``x (rows, inputs)``, codes, scale and, if affine, zero points."""
     (rows, inputs), groups, sums = x.shape, scale.shape[0], sums_dtype(x)
+    if 0 in (rows, inputs, coding.outputs):
+        return jnp.zeros((rows, coding.outputs), dtype)
     # Where the groups' sums take more memory than the matrix does, weights are scaled instead.
     apart = 2 * rows * groups <= inputs
 
@@ -43,12 +47,16 @@ def forward(coding: Coding, x: jax.Array, codes: jax.Array, scale: jax.Array, *z
     totals = lax.platform_dependent(x, codes, scale, *zero, cpu=in_blocks, default=whole)
     parts, _, width = totals.shape
     y = jnp.moveaxis(totals, 0, -1).reshape(rows, width * parts)[:, : coding.outputs]
-    return (y * _scale_of_all(coding, scale, sums)).astype(x.dtype)
+    return (y * _scale_of_all(coding, scale, sums)).astype(dtype)
 
 
-def to_input(coding: Coding, dy: jax.Array, codes: jax.Array, scale: jax.Array, *zero: Any) -> Any:
-    """``dy @ w.T`` of ``dy (rows, outputs)``, codes, scale and, if affine, zero points."""
+def to_input(
+    coding: Coding, dtype: Any, dy: jax.Array, codes: jax.Array, scale: jax.Array, *zero: Any
+) -> jax.Array:
+    """``dy @ w.T`` in ``dtype``: ``dy (rows, outputs)``, codes, scale and, if affine, zeros."""
     groups, inputs, sums = scale.shape[0], codes.shape[0], sums_dtype(dy)
+    if 0 in (*dy.shape, inputs):
+        return jnp.zeros((dy.shape[0], inputs), dtype)
 
     def whole(dy: jax.Array, *packed: jax.Array) -> jax.Array:
         return _products_back(coding, groups, dy, *packed)
@@ -65,7 +73,7 @@ def to_input(coding: Coding, dy: jax.Array, codes: jax.Array, scale: jax.Array, 
 
     scaled = (dy.astype(sums) * _scale_of_all(coding, scale, sums)).astype(dy.dtype)
     totals = lax.platform_dependent(scaled, codes, scale, *zero, cpu=in_blocks, default=whole)
-    return totals.astype(dy.dtype)
+    return totals.astype(dtype)
 
 
 def sums_dtype(*arrays: Any) -> Any:
