@@ -150,3 +150,19 @@ def test_what_does_not_fit_is_an_error():
         fake_quant_conv(x[..., :-1], w, Rounding(4), *window)
     with pytest.raises(ValueError, match="has no axis 4"):
         fake_quant_conv(x, w, Rounding(4, axis=4), *window)
+
+
+@pytest.mark.parametrize("case", ["plain", "one", "groups"])
+def test_nothing_is_rounded_until_it_is_said_so(case):
+    x, w, window, rounding, format = made(case)
+
+    def gradients(run, active):
+        loss = lambda x, w: (jnp.sum(jnp.sin(y := run(x, w, active))), y)
+        (_, y), found = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(x, w)
+        return y, *found
+
+    ours = lambda x, w, active: fake_quant_conv(x, w, rounding, *window, active=active)
+    plain = lambda x, w, active: conv(x, jnp.where(active, fake_quant(w, format), w), window)
+    for active in map(jnp.asarray, (False, True)):
+        for one, other in zip(gradients(ours, active), gradients(plain, active), strict=True):
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 if case == "one" else 0)

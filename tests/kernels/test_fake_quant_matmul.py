@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxcomp.kernels.fake_quant.matmul import fake_quant_matmul, fake_quant_matmul_reference
 from jaxcomp.kernels.fake_quant.operand import Operand, scaled, values
-from jaxcomp.kernels.fake_quant.rounding import Rounding
+from jaxcomp.kernels.fake_quant.rounding import Rounding, find_scale
 from jaxcomp.kernels.fake_quant.triton import to_even
 from jaxcomp.quantize import Format, PerBlock, PerChannel, PerGroup, PerTensor, fake_quant
 
@@ -354,3 +354,68 @@ def test_what_is_no_float_is_not_rounded(unchecked):
     np.testing.assert_array_equal(
         fake_quant_matmul(whole, jnp.ones((8, 6)), Rounding(4)), np.full((1, 6), 8.0)
     )
+
+
+@pytest.mark.parametrize("implementation", ["xla", "triton", "mosaic_tpu"])
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_nothing_is_rounded_until_it_is_said_so(implementation, given, symmetric):
+    w, x = weight(shape=(128, 128)), jnp.asarray(RNG.normal(size=(3, 128)), jnp.float32)
+    rounding, format = Rounding(4, symmetric), Format(4, symmetric=symmetric)
+    how = {}
+    if given:
+        found = find_scale(w * 0.5, rounding)
+        how = dict(
+            zip(("scale", "zero_point"), found if not symmetric else found[:1], strict=False)
+        )
+
+    def run(x, w, active):
+        return fake_quant_matmul(
+            x, w, rounding, active=active, implementation=implementation, **how
+        )
+
+    def plain(x, w, active):
+        return x @ jnp.where(active, fake_quant(w, format, **how), w)
+
+    loss = lambda run: lambda x, w, active: jnp.sum(jnp.sin(run(x, w, active)))
+    step = jax.jit(jax.value_and_grad(loss(run), (0, 1)))
+    for active in map(jnp.asarray, (False, True)):
+        found = jax.tree.leaves(step(x, w, active))
+        expected = jax.tree.leaves(jax.value_and_grad(loss(plain), (0, 1))(x, w, active))
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)
+    both = jax.vmap(run, (None, None, 0))(x, w, jnp.array([False, True]))
+    np.testing.assert_allclose(both[0], x @ w, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(both[1], run(x, w, jnp.asarray(True)), rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_not_rounded_yet_keeps_every_number():
+    """Also of those that no level is near, and on explicit axes."""
+    w = jnp.asarray([[np.inf, 1e38], [-0.0, 1e-42]], jnp.float32)
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Explicit,))
+    one = jnp.asarray([[0.0, 1.0]])
+    off = jnp.asarray(False)
+    y = fake_quant_matmul(one[:, 1:], w[1:], Rounding(8), active=off)
+    same_bits(y, one[:, 1:] @ w[1:])
+    w = w.at[0, 0].set(3.0)
+    placed = jax.device_put(w, NamedSharding(mesh, PartitionSpec(None, "d")))
+    for rounding in (Rounding(8), Rounding(8, axis=None), Rounding(8, blocks=((2, -2),))):
+        with jax.set_mesh(mesh):
+            y = jax.jit(
+                lambda x, w, rounding=rounding: fake_quant_matmul(x, w, rounding, active=off)
+            )(one, placed)
+        same_bits(y, one @ w)
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "message"),
+    [
+        ({"active": True}, TypeError, "active must be one boolean"),
+        ({"active": jnp.ones(2, bool)}, TypeError, "active must be one boolean"),
+        ({"active": jnp.float32(1)}, TypeError, "active must be one boolean"),
+        ({"active": jnp.array(True), "keep": "codes"}, ValueError, "keep='weight'"),
+    ],
+)
+def test_what_does_not_say_when_is_an_error(unchecked, how, error, message):
+    with pytest.raises(error, match=message):
+        fake_quant_matmul(jnp.ones((2, 8)), jnp.ones((8, 6)), Rounding(4), **how)

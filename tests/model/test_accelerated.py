@@ -180,6 +180,32 @@ def test_a_kernel_rounded_in_the_model_is_rounded_on_its_way_into_the_convolutio
     np.testing.assert_allclose(found, expected, atol=close * np.abs(expected).max())
 
 
+def test_a_kernel_that_is_rounded_from_some_step_on():
+    """Rounded and not, with its gradients; a boolean an array wide is another thing."""
+    rng = np.random.default_rng(1)
+    w, x = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((3, 3, 4, 8), (2, 6, 6, 4)))
+
+    def apply_fn(w, x, step):
+        seen = jnp.where(step >= 10, fake_quant(w, Format(4)), w)
+        return jax.lax.conv_general_dilated(
+            x, seen, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    model = accelerate(apply_fn)
+    told = model.describe(w, x, jnp.int32(0))
+    assert "fake_quant_conv" in told
+    assert "left" not in told
+    gradient = lambda run: jax.jit(jax.grad(lambda w, step: (run(w, x, step) ** 2).sum()))
+    for step in (jnp.int32(9), jnp.int32(10)):
+        np.testing.assert_allclose(model(w, x, step), apply_fn(w, x, step), atol=1e-4)
+        found, expected = gradient(model)(w, step), gradient(apply_fn)(w, step)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
+    wide = accelerate(lambda w, x: x @ jnp.where(w > 0, fake_quant(w, Format(4)), w))
+    assert "matmul" not in wide.describe(jnp.ones((4, 8)), jnp.ones((2, 4)))
+    other = accelerate(lambda w, x: x @ jnp.where(x[0, 0] > 0, fake_quant(w, Format(4)), w + 1))
+    assert "matmul" not in other.describe(jnp.ones((4, 8)), jnp.ones((2, 4)))
+
+
 METHODS = {
     "rounded": (quantize.train(Format(4)), "fake_quant_matmul"),
     "clipped": (quantize.train(Format(4, range=Percentile(80.0))), "fake_quant_matmul"),
@@ -192,6 +218,11 @@ METHODS = {
             prune.straight_through(prune.scores.magnitude, prune.constant(0.5)),
             quantize.train(Format(4)),
         ),
+        "fake_quant_matmul",
+    ),
+    "later": (quantize.train(Format(4), begin=2), "fake_quant_matmul"),
+    "later, clipped": (
+        quantize.train(Format(4, range=Percentile(80.0)), begin=2),
         "fake_quant_matmul",
     ),
 }
@@ -251,13 +282,13 @@ def test_what_is_rounded_otherwise_than_a_kernel_can_is_left_as_it_is():
 @pytest.mark.parametrize(
     ("method", "product", "reason"),
     [
-        (quantize.train(Format(4), begin=5), jnp.matmul, "from the first step on"),
-        (quantize.learned_step(Format(4)), jnp.matmul, "from the first step on"),
+        (quantize.train(Format(4), bits={0: 8, 5: 4}), jnp.matmul, "a Format of fixed bits"),
+        (quantize.learned_step(Format(4)), jnp.matmul, "a Format of fixed bits"),
         (quantize.train(quantize.mxfp4()), jnp.matmul, "round them to a Format"),
         (quantize.train(Format(4)), lambda x, w: x @ w.reshape(32, 64).T, "before reshape"),
         (quantize.train(Format(4)), lambda x, w: jnp.einsum("io,bi->ob", w, x), "left operand"),
     ],
-    ids=["later", "learned steps", "another grid", "turned", "on the left"],
+    ids=["ever fewer bits", "learned steps", "another grid", "turned", "on the left"],
 )
 def test_a_weight_that_is_compressed_otherwise_is_left_with_the_reason(method, product, reason):
     params = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(64, 32)), jnp.float32)}

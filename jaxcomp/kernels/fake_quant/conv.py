@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 from jax import lax
-from jaxtyping import Array, Float, Shaped, UInt8
+from jaxtyping import Array, Bool, Float, Shaped, UInt8
 
 from jaxcomp.kernels.convolution import (
     Convolution,
@@ -18,6 +18,7 @@ from jaxcomp.kernels.convolution import (
 )
 from jaxcomp.kernels.fake_quant.matmul import fake_quant_matmul
 from jaxcomp.kernels.fake_quant.operand import (
+    check_active,
     coded,
     differentiated_once,
     nothing_of,
@@ -25,6 +26,7 @@ from jaxcomp.kernels.fake_quant.operand import (
     product_dtype,
     scaled,
     straight_through,
+    switched,
     values,
 )
 from jaxcomp.kernels.fake_quant.rounding import Rounding, find_codes, find_scale, values_of
@@ -50,6 +52,7 @@ def fake_quant_conv(
     keep: str = "weight",
     dtype: Any = None,
     dense_gradient: bool = False,
+    active: Bool[Array, ""] | None = None,
     implementation: Any = None,
 ) -> Float[Array, "..."]:
     """``lax.conv_general_dilated(x, w, …)`` with ``w``, and ``x`` if wanted, rounded.
@@ -76,6 +79,7 @@ def fake_quant_conv(
         keep: likewise.
         dtype: likewise.
         dense_gradient: likewise.
+        active: likewise.
         implementation: ``"xla"``, a form of :func:`fake_quant_matmul` where it is one, or None for
             the best; static.
 
@@ -83,7 +87,7 @@ def fake_quant_conv(
         Outputs, in ``dtype``.
 
     Raises:
-        TypeError: ``dtype`` is not floating.
+        TypeError: ``dtype`` is not floating; ``active`` is no boolean.
         ValueError: shapes or arguments that do not fit, or a form that there is not.
 
     Example:
@@ -99,6 +103,7 @@ def fake_quant_conv(
         raise ValueError(f"keep must be 'weight' or 'codes', not {keep!r}")
     of_x = operand("x", x, inputs, input_scale, input_zero_point, codes=True)
     of_w = operand("w", w, rounding, scale, zero_point, codes=keep == "codes")
+    check_active(active, of_w)
     if _is_product(how, w, rounding):
         last = 2 + len(rounding.blocks)
         matrix = lambda a: None if a is None else a.reshape(a.shape[-last:])
@@ -114,6 +119,7 @@ def fake_quant_conv(
             keep=keep,
             dtype=dtype,
             dense_gradient=dense_gradient,
+            active=active,
             implementation=implementation,
         )
     if implementation not in (None, "xla"):
@@ -123,9 +129,8 @@ def fake_quant_conv(
         )
     of_w = of_w._replace(clips=of_w.clips and not dense_gradient)
     dtype = product_dtype(x, w, dtype)
-    return _conv_jit(
-        (how, of_x, of_w, dtype), x, w, input_scale, input_zero_point, scale, zero_point
-    )
+    scales = (input_scale, input_zero_point, scale, zero_point)
+    return _conv_jit((how, of_x, of_w, dtype), x, w, active, *scales)
 
 
 def fake_quant_conv_reference(
@@ -183,5 +188,11 @@ def _conv_backward(static: Any, kept: Any, dy: jax.Array) -> Any:
 
 
 _conv.defvjp(_conv_forward, _conv_backward)
+
+
 # Outside `jit` one program, instead of one for every operation on every shape.
-_conv_jit = jax.jit(_conv, static_argnums=0)
+@partial(jax.jit, static_argnums=0)
+def _conv_jit(static: Any, x: Any, w: Any, active: Any, *scales: Any) -> Any:
+    if active is not None:
+        scales = (*scales[:2], *switched(static[2], active, w, *scales[2:]))
+    return _conv(static, x, w, *scales)

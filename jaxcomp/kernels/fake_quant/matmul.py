@@ -7,12 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Shaped, UInt8
+from jaxtyping import Array, Bool, Float, Shaped, UInt8
 
 from jaxcomp.kernels.fake_quant import tpu, triton
 from jaxcomp.kernels.fake_quant.operand import (
     Kept,
     Operand,
+    check_active,
     coded,
     differentiated_once,
     nothing_of,
@@ -20,6 +21,7 @@ from jaxcomp.kernels.fake_quant.operand import (
     product_dtype,
     scaled,
     straight_through,
+    switched,
     values,
 )
 from jaxcomp.kernels.fake_quant.rounding import Rounding, find_codes, find_scale, values_of
@@ -42,6 +44,7 @@ def fake_quant_matmul(
     keep: str = "weight",
     dtype: Any = None,
     dense_gradient: bool = False,
+    active: Bool[Array, ""] | None = None,
     implementation: Any = None,
 ) -> Float[Array, "..."]:
     """``x @ w`` with ``w``, and ``x`` if wanted, rounded to evenly spaced levels.
@@ -68,6 +71,8 @@ def fake_quant_matmul(
         dtype: that ``x`` and the rounded weight are cast to before they are multiplied, such as
             bfloat16; None: what they promote to; static.
         dense_gradient: give ``w`` its gradient where it is clipped, too; static.
+        active: whether ``w`` is rounded, a boolean of the program such as ``step >= 1000``; not
+            with ``keep="codes"``. None: always.
         implementation: ``"xla"``, ``"triton"``, ``"mosaic_tpu"``, or None for the best on the
             platform; static. The gradient of ``w`` is XLA's in all.
 
@@ -76,7 +81,7 @@ def fake_quant_matmul(
         multiplied are the numbers of :func:`jaxcomp.quantize.fake_quant`.
 
     Raises:
-        TypeError: ``dtype`` is not floating.
+        TypeError: ``dtype`` is not floating; ``active`` is no boolean.
         ValueError: shapes that do not fit, a rounding that does not exist, or an implementation
             that does not take them.
 
@@ -91,10 +96,11 @@ def fake_quant_matmul(
         raise ValueError(f"keep must be 'weight' or 'codes', not {keep!r}")
     of_x = operand("x", x, inputs, input_scale, input_zero_point, codes=True)
     of_w = operand("w", w, rounding, scale, zero_point, codes=keep == "codes")
+    check_active(active, of_w)
     of_w = of_w._replace(clips=of_w.clips and not dense_gradient)
     scales = (input_scale, input_zero_point, scale, zero_point)
     dtype = product_dtype(x, w, dtype)
-    return _product_jit((of_x, of_w, dtype, implementation), x, w, *scales)
+    return _product_jit((of_x, of_w, dtype, implementation), x, w, active, *scales)
 
 
 def fake_quant_matmul_reference(
@@ -143,8 +149,14 @@ def _product_backward(static: Any, kept: Any, dy: jax.Array) -> Any:
 
 
 _product.defvjp(_product_forward, _product_backward)
+
+
 # Outside `jit` one program, instead of one for every operation on every shape.
-_product_jit = jax.jit(_product, static_argnums=0)
+@partial(jax.jit, static_argnums=0)
+def _product_jit(static: Any, x: Any, w: Any, active: Any, *scales: Any) -> Any:
+    if active is not None:
+        scales = (*scales[:2], *switched(static[1], active, w, *scales[2:]))
+    return _product(static, x, w, *scales)
 
 
 def _run_to_weight(x: jax.Array, dy: jax.Array, w: jax.Array) -> jax.Array:

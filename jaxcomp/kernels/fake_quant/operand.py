@@ -14,6 +14,7 @@ from jaxcomp.kernels.fake_quant.rounding import (
     check_rounding,
     find_codes,
     find_scale,
+    nearest_of,
     values_of,
 )
 from jaxcomp.sharding import automatic, spec_like
@@ -85,6 +86,27 @@ def operand(
     return Operand(rounding, scale is not None, codes)
 
 
+def check_active(active: Any, how: Operand) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless a boolean can say if an operand is rounded.
+
+    Example:
+        >>> check_active(jnp.array(True), Operand(Rounding(4), False, True))
+        Traceback (most recent call last):
+        ...
+        ValueError: active with keep='codes': what is not rounded has no codes; keep='weight'
+    """
+    if active is None:
+        return
+    if getattr(active, "shape", None) != () or active.dtype != jnp.bool_:
+        raise TypeError(f"active must be one boolean, such as step >= 100, not {active!r}")
+    if how.rounding is None:
+        raise ValueError("active without a rounding: say to how many bits")
+    if how.codes:
+        raise ValueError(
+            "active with keep='codes': what is not rounded has no codes; keep='weight'"
+        )
+
+
 def product_dtype(x: jax.Array, w: jax.Array, dtype: Any) -> Any:
     """What two operands are multiplied in; None: what they promote to.
 
@@ -120,6 +142,22 @@ def scaled(how: Operand, x: jax.Array, scale: Any, zero_point: Any) -> Kept:
         None if a is None else lax.stop_gradient(a).reshape((1,) * (ndim - a.ndim) + a.shape)
     )
     return Kept(x, full(scale), full(zero_point))
+
+
+def switched(
+    how: Operand, active: Any, x: jax.Array, scale: Any, zero_point: Any
+) -> tuple[Any, Any]:
+    """The scale and zero point of an operand that is rounded only while ``active``.
+
+    A scale of 0 says that it is not: nothing more goes into the products, nor is kept for them.
+
+    Example:
+        >>> how = Operand(Rounding(4), False, False)
+        >>> [switched(how, on, jnp.array([[3.5]]), None, None)[0].item() for on in (True, False)]
+        [0.5, 0.0]
+    """
+    found = scaled(how, x, scale, zero_point)
+    return jnp.where(active, found.scale, jnp.zeros_like(found.scale)), found.zero_point
 
 
 def nothing_of(x: jax.Array) -> jax.Array:
@@ -167,14 +205,12 @@ def values(how: Operand, kept: Kept, dtype: Any) -> jax.Array:
         return kept.array
     rounding: Rounding = how.rounding
 
-    def decode(codes: jax.Array, scale: jax.Array, zero_point: Any = None) -> jax.Array:
-        return values_of(codes, scale, zero_point, rounding, dtype)
+    of = values_of if kept.array.dtype == jnp.uint8 else nearest_of
 
-    if kept.array.dtype == jnp.uint8:
-        return _place(decode, kept.array)(*_given(kept))
-    coded = kept._replace(array=_codes(rounding, kept)[0])
-    found = _place(decode, kept.array)(*_given(coded))
-    return jnp.where(jnp.isnan(kept.array), jnp.full((), jnp.nan, found.dtype), found)
+    def run(array: jax.Array, scale: jax.Array, zero_point: Any = None) -> jax.Array:
+        return of(array, scale, zero_point, rounding, dtype)
+
+    return _place(run, kept.array)(*_given(kept))
 
 
 @values.defjvp

@@ -123,7 +123,8 @@ def find_codes(
 
     Args:
         x: any floating dtype.
-        scale: positive, broadcastable to ``x`` (once it is cut into blocks).
+        scale: positive, broadcastable to ``x`` (once it is cut into blocks); where it is 0, codes
+            mean nothing, and nothing is clipped.
         zero_point: codes of zero; None if symmetric.
         rounding: to what.
 
@@ -140,7 +141,7 @@ def find_codes(
     split = widen(split_blocks(x, rounding.blocks)).astype(wide.dtype)
     nearest = nearest_code(quotient(split, wide), zero_point, rounding, jnp.round)
     low, high = _limits(rounding)
-    inside = (nearest >= low) & (nearest <= high)
+    inside = (nearest >= low) & (nearest <= high) | (wide == 0)
     offset = 1 << (rounding.bits - 1) if rounding.symmetric else 0
     codes = (jnp.clip(nearest, low, high).astype(jnp.int32) + offset).astype(jnp.uint8)
     return merge_blocks(codes, rounding.blocks), merge_blocks(inside, rounding.blocks)
@@ -190,7 +191,7 @@ def nearest_values(
 
     Args:
         x: float32.
-        scale: float32.
+        scale: float32; 0 where nothing is rounded.
         inverse: from :func:`jaxcomp.kernels.arithmetic.inverse_scale`.
         zero_point: float32; None if symmetric.
         rounding: to what.
@@ -208,7 +209,28 @@ def nearest_values(
     code = jnp.minimum(jnp.maximum(nearest, low), high)
     if zero_point is not None:
         code = code - zero_point
-    return (code if rounding.zero else 2 * code + 1) * scale
+    return jnp.where(scale == 0, x, (code if rounding.zero else 2 * code + 1) * scale)
+
+
+def nearest_of(
+    x: Float[Array, "..."],
+    scale: Shaped[Array, "..."],
+    zero_point: Shaped[Array, "..."] | None,
+    rounding: Rounding,
+    dtype: Any,
+) -> Float[Array, "..."]:
+    """Rounded values, in a dtype; what is NaN, or has a scale of 0, stays as it is.
+
+    Example:
+        >>> x, scale = jnp.array([0.6, -9.0, jnp.nan, 0.6]), jnp.array([0.5, 0.5, 0.5, 0.0])
+        >>> nearest_of(x, scale, None, Rounding(4), jnp.float32)
+        Array([ 0.5, -3.5,  nan,  0.6], dtype=float32)
+    """
+    codes, _ = find_codes(x, scale, zero_point, rounding)
+    found = values_of(codes, scale, zero_point, rounding, dtype)
+    split = split_blocks(x, rounding.blocks)
+    kept = merge_blocks(jnp.isnan(split) | (scale == 0), rounding.blocks)
+    return jnp.where(kept, x.astype(dtype), found)
 
 
 def group_size(rounding: Rounding, w: Any) -> int:

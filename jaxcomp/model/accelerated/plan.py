@@ -62,6 +62,7 @@ class Planned(NamedTuple):
         reads: values of the program, the dense weight first: then its mask, or the scale and zero
             point where they are not found from it; empty for a compressed leaf.
         rounding: of the dense weight.
+        switched: whether a boolean says if it is rounded; it is read behind these.
         through: the operation that lets the weight's gradient past the mask or the rounding; what
             it goes to is then the last that is read.
         spent: whether nothing needs the leaf after its product in a turn of a loop.
@@ -73,6 +74,7 @@ class Planned(NamedTuple):
     loops: tuple[Op, ...] = ()
     reads: tuple[Value, ...] = ()
     rounding: Rounding | None = None
+    switched: bool = False
     through: Op | None = None
     spent: bool = False
 
@@ -173,7 +175,9 @@ def _of_mask(at: Planned, x: Any, w: Any, more: Any, implementation: Any) -> jax
 
 
 def _of_rounding(at: Planned, x: Any, w: Any, more: Any, implementation: Any) -> jax.Array:
-    how: Any = dict(zip(("scale", "zero_point"), more, strict=False))
+    *scales, active = more if at.switched else (*more, None)
+    how: Any = dict(zip(("scale", "zero_point"), scales, strict=False))
+    how["active"] = active
     how["dtype"] = jnp.result_type(*(each.dtype for each in at.op.inputs[:2]))
     how["dense_gradient"] = at.through is not None
     if at.kernel == "fake_quant_conv":
@@ -233,6 +237,8 @@ def _of_dense(op: Op, program: Program, bodies: Any) -> Planned | None:
     block = bodies[-1][1] if bodies else program.block
     makers = _makers(block)
     made, through = _maker(op.inputs[1], makers)
+    made, behind = _switched(made, makers)
+    switched = bool(behind)
     rounding, reads = _rounded(made) if made is not None else (None, None)
     if made is not None and reads is None:
         # Where gradients go past it, no derivative of the mask's own is used.
@@ -251,10 +257,10 @@ def _of_dense(op: Op, program: Program, bodies: Any) -> Planned | None:
     if through is not None:
         if reads[0].dtype != through.inputs[0].dtype:
             raise Unfit(f"its weight is cast to {reads[0].dtype} by what compresses it")
-        reads = (*reads, through.inputs[0])
+        behind = (*behind, through.inputs[0])
     kind = "matmul" if op.name == "dot_general" else "conv"
     name = f"masked_{kind}" if rounding is None else f"fake_quant_{kind}"
-    return Planned(op, name, None, (), reads, rounding, through)
+    return Planned(op, name, None, (), (*reads, *behind), rounding, switched, through)
 
 
 def _makers(block: Block) -> dict[Value, Op]:
@@ -265,8 +271,8 @@ def _check_none(op: Op, program: Program, bodies: Any, through: Op | None) -> No
     """That a product without a kernel has no weight that was compressed, as far as it is noted."""
     if through is not None:
         raise Unfit(
-            "kernels mask weights, and round them to a Format from the first step on: what is done "
-            "to this one is another thing"
+            "kernels mask weights, and round them to a Format of fixed bits: what is done to this "
+            "one is another thing"
         )
     for operand, value in enumerate(op.inputs[:2]):
         made, makers, passed = _origin(value, program, bodies)
@@ -337,6 +343,20 @@ def _rounded(made: Op) -> tuple[Rounding | None, tuple[Value, ...] | None]:
     # The array, its values, what is inside, and the scale and zero point, where not found.
     w, _, *given = made.inputs
     return Rounding(bits, symmetric, axis, blocks, zero), (w, *given[1:])
+
+
+def _switched(made: Op | None, makers: Mapping[Value, Op]) -> tuple[Op | None, tuple[Value, ...]]:
+    """What rounds a weight, and the boolean that chooses between both, if there is one."""
+    if made is None or made.name != "select_n" or len(made.inputs) != 3:
+        return made, ()
+    active, w, other = made.inputs
+    rounding = makers.get(other)
+    if active.shape or active.dtype != jnp.bool_ or rounding is None:
+        return made, ()
+    note = _note(rounding)
+    if note is None or note[0] != "fake_quant" or rounding.inputs[0] is not w:
+        return made, ()
+    return rounding, (active,)
 
 
 def _masked(made: Op, makers: Mapping[Value, Op]) -> tuple[Value, Value] | None:

@@ -81,8 +81,9 @@ def accelerate(apply_fn: Callable[..., Any], implementation: Any = None) -> Acce
     block-sparse leaf, contracted over its first axis, also inside loops over stacked layers. Of a
     dense tree: dots and convolutions whose kernel is multiplied with a boolean mask, or selected by
     it, right there; or rounded by :func:`jaxcomp.quantize.fake_quant` to a
-    :class:`jaxcomp.quantize.Format`, not by chance. What :func:`jaxcomp.compressed` does to
-    parameters counts where ``apply_fn`` calls it, with its gradients.
+    :class:`jaxcomp.quantize.Format`, not by chance, also from some step on. What
+    :func:`jaxcomp.compressed` does to parameters counts where ``apply_fn`` calls it, with its
+    gradients.
 
     Everything else runs as it was, decoded where it is used; :meth:`Accelerated.describe` names it
     with the reason. The model does not change. What a kernel computes has no forward-mode
