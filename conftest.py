@@ -29,6 +29,8 @@ from tests import typechecker
 typechecker.install("jaxcomp")
 
 import jax  # noqa: E402
+import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 settings.register_profile("default", deadline=None, max_examples=30)
@@ -54,3 +56,11 @@ def pytest_runtest_logfinish() -> None:
     if len(_programs) > KEPT_PROGRAMS:
         _programs.clear()
         jax.clear_caches()
+
+
+@pytest.fixture
+def unchecked():
+    """Without the run-time type checks that only the test suite has: users meet our own."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -74,6 +74,35 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float, np.integer, np.floating))
 
 
+def check_arrays(**values: Any) -> None:
+    """Raise ``TypeError`` unless all values, by the names of their arguments, are arrays.
+
+    Example:
+        >>> check_arrays(x=[1.0, 2.0])
+        Traceback (most recent call last):
+        ...
+        TypeError: x must be an array, not a list: give jnp.asarray(x)
+    """
+    for name, value in values.items():
+        if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+            raise TypeError(
+                f"{name} must be an array, not a {type(value).__name__}: give jnp.asarray({name})"
+            )
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise ``TypeError`` unless a value is True or False, known before anything is traced.
+
+    Example:
+        >>> check_flag("dense_gradient", "no")
+        Traceback (most recent call last):
+        ...
+        TypeError: dense_gradient must be True or False, not 'no'
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, not {value!r}")
+
+
 def check_function(name: str, value: Any, words: str) -> None:
     """Raise unless a value can be called.
 

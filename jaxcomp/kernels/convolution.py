@@ -73,7 +73,10 @@ def convolution(
         if lhs != ones:
             raise ValueError(f"padding {padding!r} with lhs_dilation {lhs}: give numbers")
         reach = [(size - 1) * step + 1 for size, step in zip(kernel, rhs, strict=True)]
-        padding = lax.padtype_to_pads(space, reach, window_strides, padding)
+        try:
+            padding = lax.padtype_to_pads(space, reach, window_strides, padding)
+        except RuntimeError as error:
+            raise ValueError(f"padding {padding!r}: {error}") from None
     pads = tuple((int(before), int(after)) for before, after in padding)
     layout = tuple(tuple(spec) for spec in numbers)
     found = Convolution(tuple(window_strides), pads, lhs, rhs, layout, feature_group_count)

@@ -52,6 +52,20 @@ class PackedMask:
         return kept.reshape(*batch, 8 * self.bits.shape[-2], columns)[..., : self.rows, :]
 
 
+def check_mask(mask: Any) -> None:
+    """Raise ``TypeError`` unless it is an array of booleans.
+
+    Example:
+        >>> check_mask(jnp.ones((2, 2)))
+        Traceback (most recent call last):
+        ...
+        TypeError: mask is float32: give booleans, such as w != 0
+    """
+    if getattr(mask, "dtype", None) != jnp.bool_:
+        kind = getattr(mask, "dtype", type(mask).__name__)
+        raise TypeError(f"mask is {kind}: give booleans, such as w != 0")
+
+
 def pack_mask(mask: Any, block: Any = None) -> PackedMask:
     """Pack a mask.
 
@@ -72,9 +86,7 @@ def pack_mask(mask: Any, block: Any = None) -> PackedMask:
         >>> pack_mask(jnp.ones((1024, 16), bool)).bits.nbytes
         2048
     """
-    if getattr(mask, "dtype", None) != jnp.bool_:
-        kind = getattr(mask, "dtype", type(mask).__name__)
-        raise TypeError(f"mask is {kind}: give booleans, such as w != 0")
+    check_mask(mask)
     if mask.ndim < 2:
         raise ValueError(f"a mask of shape {mask.shape} is no matrix: give it rows and columns")
     *batch, rows, columns = mask.shape

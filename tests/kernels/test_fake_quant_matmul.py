@@ -4,7 +4,6 @@ import itertools
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -22,14 +21,6 @@ SAME = {
     "groups": (PerGroup(4), {"blocks": ((4, -2),)}),
     "tiles": (PerBlock((4, 2)), {"blocks": ((4, -2), (2, -1))}),
 }
-
-
-@pytest.fixture
-def unchecked():
-    """What a user sees: no types are checked at run time."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 RNG = np.random.default_rng(0)

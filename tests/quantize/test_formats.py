@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import given
@@ -14,13 +13,7 @@ from jaxcomp.quantize import Format, PerChannel, PerGroup, PerTensor
 from jaxcomp.quantize.formats import GridFormat, PerBlock, negative_axis
 from jaxcomp.quantize.ranges import AbsMax
 
-
-@pytest.fixture(autouse=True)
-def unchecked():
-    """Without the run-time type checks that only the test suite has: users meet our own."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+pytestmark = pytest.mark.usefixtures("unchecked")
 
 
 @pytest.mark.parametrize("bits", [-1, 0, 9, 16, 10**30])

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -10,13 +9,7 @@ import jaxcomp
 from jaxcomp import partition, quantize
 from jaxcomp.quantize import Format, PerChannel, PerGroup, PerTensor, encode, fake_quant, train
 
-
-@pytest.fixture(autouse=True)
-def unchecked():
-    """Without the run-time type checks that only the test suite has: users meet our own."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+pytestmark = pytest.mark.usefixtures("unchecked")
 
 
 X = np.ones((6, 4), np.float32)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from jaxcomp.arrays.bits import unpack_bits_host
 from jaxcomp.arrays.block_sparse import BlockSparseArray
+from jaxcomp.checks import check_arrays
 from jaxcomp.kernels.block_sparse import mosaic_gpu, tpu, triton, xla
 from jaxcomp.kernels.forms import Kernel, choose
 from jaxcomp.kernels.placed import Axes, explicit, flat_rows, placed, unflat_rows
@@ -70,6 +71,7 @@ def block_sparse_matmul(
         raise ValueError(
             f"a block-sparse leaf of shape {weight.shape} is no matrix: take one layer of it"
         )
+    check_arrays(x=x)
     if x.ndim < 1 or x.shape[-1] != weight.shape[0]:
         raise ValueError(f"x {x.shape} must be (*rows, inputs), weight {weight.shape}")
     rows = flat_rows(x)

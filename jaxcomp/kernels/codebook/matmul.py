@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxcomp.arrays.codebook import CodebookArray, index_bits
+from jaxcomp.checks import check_arrays
 from jaxcomp.kernels.codebook import tpu, triton, xla
 from jaxcomp.kernels.forms import Kernel, choose
 from jaxcomp.kernels.placed import Axes, explicit, flat_rows, placed, unflat_rows
@@ -53,6 +54,7 @@ def codebook_matmul(
     shape, codebook = weight.shape, weight.codebook
     if len(shape) != 2 or codebook.ndim != (1 if weight.axis is None else 2):
         raise ValueError(f"a leaf of shape {shape} is no matrix: take one layer of it")
+    check_arrays(x=x)
     if x.ndim < 1 or x.shape[-1] != shape[0]:
         raise ValueError(f"x {x.shape} must be (*rows, inputs), weight {shape}")
     rows, bits = flat_rows(x), index_bits(weight.clusters)

@@ -8,6 +8,7 @@ import jax
 from jax import lax
 from jaxtyping import Array, Bool, Float, Shaped, UInt8
 
+from jaxcomp.checks import check_arrays, check_flag
 from jaxcomp.kernels.convolution import (
     Convolution,
     axes_of,
@@ -29,7 +30,13 @@ from jaxcomp.kernels.fake_quant.operand import (
     switched,
     values,
 )
-from jaxcomp.kernels.fake_quant.rounding import Rounding, find_codes, find_scale, values_of
+from jaxcomp.kernels.fake_quant.rounding import (
+    Rounding,
+    check_rounding,
+    find_codes,
+    find_scale,
+    values_of,
+)
 from jaxcomp.kernels.placed import explicit
 
 
@@ -97,10 +104,13 @@ def fake_quant_conv(
         >>> fake_quant_conv(x, w, Rounding(3), (1,), "SAME", dimension_numbers=layout).ravel()
         Array([5., 5., 5., 2.], dtype=float32)
     """
+    check_arrays(x=x, w=w)
+    check_flag("dense_gradient", dense_gradient)
     window = (window_strides, padding, lhs_dilation, rhs_dilation)
     how = convolution(x, w, *window, dimension_numbers, feature_group_count)
     if keep not in ("weight", "codes"):
         raise ValueError(f"keep must be 'weight' or 'codes', not {keep!r}")
+    check_rounding("w", rounding, w.shape)
     of_x = operand("x", x, inputs, input_scale, input_zero_point, codes=True)
     of_w = operand("w", w, rounding, scale, zero_point, codes=keep == "codes")
     check_active(active, of_w)

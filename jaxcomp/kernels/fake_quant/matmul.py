@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Shaped, UInt8
 
+from jaxcomp.checks import check_arrays, check_flag
 from jaxcomp.kernels.fake_quant import tpu, triton
 from jaxcomp.kernels.fake_quant.operand import (
     Kept,
@@ -24,7 +25,13 @@ from jaxcomp.kernels.fake_quant.operand import (
     switched,
     values,
 )
-from jaxcomp.kernels.fake_quant.rounding import Rounding, find_codes, find_scale, values_of
+from jaxcomp.kernels.fake_quant.rounding import (
+    Rounding,
+    check_rounding,
+    find_codes,
+    find_scale,
+    values_of,
+)
 from jaxcomp.kernels.forms import Kernel, choose
 from jaxcomp.kernels.placed import Axes, explicit, flat_rows, placed, unflat_rows
 
@@ -90,10 +97,13 @@ def fake_quant_matmul(
         >>> fake_quant_matmul(jnp.array([[1.0, 2.0]]), w, Rounding(bits=3))
         Array([[6., 1.]], dtype=float32)
     """
+    check_arrays(x=x, w=w)
+    check_flag("dense_gradient", dense_gradient)
     if x.ndim < 1 or w.ndim != 2 or x.shape[-1] != w.shape[0]:
         raise ValueError(f"x {x.shape} and w {w.shape} must be (*rows, inputs), (inputs, outputs)")
     if keep not in ("weight", "codes"):
         raise ValueError(f"keep must be 'weight' or 'codes', not {keep!r}")
+    check_rounding("w", rounding, w.shape)
     of_x = operand("x", x, inputs, input_scale, input_zero_point, codes=True)
     of_w = operand("w", w, rounding, scale, zero_point, codes=keep == "codes")
     check_active(active, of_w)

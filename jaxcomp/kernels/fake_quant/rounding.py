@@ -62,6 +62,13 @@ def check_rounding(name: str, rounding: Any, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name}: zero=False needs symmetric=True")
     if symmetric and zero and bits == 1:
         raise ValueError(f"{name}: 1 bit around zero has no level but zero: take zero=False")
+    pairs = isinstance(blocks, tuple) and all(_whole(pair) and len(pair) == 2 for pair in blocks)
+    if not pairs:
+        raise TypeError(
+            f"{name}: blocks must be pairs (size, negative axis), such as ((32, -2),), not {blocks}"
+        )
+    if not (rounding.axis is None or _whole(_axes(rounding))):
+        raise TypeError(f"{name}: axis must be an int, ints or None, not {rounding.axis!r}")
     for size, axis in blocks:
         if not -len(shape) <= axis < 0 or size < 1 or shape[axis] % size:
             raise ValueError(f"{name}: blocks of {size} do not divide axis {axis} of {shape}")
@@ -301,7 +308,11 @@ def _limits(rounding: Rounding) -> tuple[int, int]:
 
 def _axes(rounding: Rounding) -> tuple[int, ...]:
     axis = rounding.axis
-    return () if axis is None else (axis,) if isinstance(axis, int) else tuple(axis)
+    return () if axis is None else axis if isinstance(axis, tuple) else (axis,)
+
+
+def _whole(numbers: Any) -> bool:
+    return isinstance(numbers, tuple) and all(isinstance(each, int) for each in numbers)
 
 
 def _shared(rounding: Rounding, ndim: int) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from jaxcomp.checks import check_arrays, check_flag
 from jaxcomp.kernels.convolution import (
     axes_of,
     convolution,
@@ -18,7 +19,7 @@ from jaxcomp.kernels.convolution import (
     convolve_to_weight,
 )
 from jaxcomp.kernels.masked.matmul import masked_matmul
-from jaxcomp.kernels.packed_mask import PackedMask, pack_mask
+from jaxcomp.kernels.packed_mask import PackedMask, check_mask, pack_mask
 from jaxcomp.kernels.placed import explicit
 
 
@@ -62,6 +63,7 @@ def masked_conv(
         Outputs, in the dtype that ``x`` and ``w`` promote to.
 
     Raises:
+        TypeError: the mask is neither packed nor boolean.
         ValueError: shapes or arguments that do not fit, or a form that there is not.
 
     Example:
@@ -70,6 +72,10 @@ def masked_conv(
         >>> masked_conv(x, w, mask, (1,), "SAME", dimension_numbers=layout).ravel()
         Array([4., 5., 5., 1.], dtype=float32)
     """
+    check_arrays(x=x, w=w)
+    if not isinstance(mask, PackedMask):
+        check_mask(mask)
+    check_flag("dense_gradient", dense_gradient)
     window = (window_strides, padding, lhs_dilation, rhs_dilation)
     how = convolution(x, w, *window, dimension_numbers, feature_group_count)
     order = how.matrix_axes()

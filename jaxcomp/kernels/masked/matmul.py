@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxcomp.checks import check_arrays, check_flag
 from jaxcomp.kernels.forms import Kernel, choose
 from jaxcomp.kernels.masked import tpu, triton
-from jaxcomp.kernels.packed_mask import PackedMask, pack_mask
+from jaxcomp.kernels.packed_mask import PackedMask, check_mask, pack_mask
 from jaxcomp.kernels.placed import Axes, explicit, flat_rows, placed, unflat_rows
 
 # Each form is measured by itself.
@@ -65,6 +66,10 @@ def masked_matmul(
     The dense gradient is that of Evci et al., "Rigging the Lottery: Making All Tickets Winners",
     2020, section 3.
     """
+    check_arrays(x=x, w=w)
+    if not isinstance(mask, PackedMask):
+        check_mask(mask)
+    check_flag("dense_gradient", dense_gradient)
     if x.ndim < 1 or w.ndim != 2 or x.shape[-1] != w.shape[0] or mask.shape != w.shape:
         raise ValueError(
             f"x {x.shape}, w {w.shape} and mask {mask.shape} must be (*rows, inputs), "

@@ -10,6 +10,7 @@ from jaxtyping import Array, Shaped
 
 from jaxcomp.arrays.grid import GridArray
 from jaxcomp.arrays.quantized import QuantizedArray
+from jaxcomp.checks import check_arrays
 from jaxcomp.kernels.forms import Kernel, choose
 from jaxcomp.kernels.placed import Axes, explicit, flat_rows, placed, unflat_rows
 from jaxcomp.kernels.quantized import tpu, triton, triton_rounded, xla
@@ -74,6 +75,7 @@ def quantized_matmul(
         kind = type(weight).__name__
         raise TypeError(f"weight must be a QuantizedArray or a GridArray, not {kind}")
     shape = weight.shape
+    check_arrays(x=x)
     if x.ndim < 1 or len(shape) != 2 or x.shape[-1] != shape[0]:
         raise ValueError(
             f"x {x.shape} and the leaf {shape} must be (*rows, inputs) and (inputs, outputs)"
