@@ -10,7 +10,6 @@ command goes on from the last checkpoint, with the numbers that it would have ha
 
 import argparse
 import functools
-import math
 import pathlib
 import time
 from typing import Any, NamedTuple
@@ -169,9 +168,12 @@ def make_train_step(mesh: Mesh, size: Size, tx: Any, state: State) -> Any:
     )
 
 
-def load_text(path: str | None) -> np.ndarray:
+def load_text(path: str | None, least: int) -> np.ndarray:
     """The bytes of a file; without one, bytes each of which has four that may follow it."""
     if path is not None:
+        count = pathlib.Path(path).stat().st_size
+        if count < least:
+            raise SystemExit(f"{path}: {count:,} bytes are too few, {least:,} at least")
         return np.memmap(path, np.uint8, mode="r")
     rng = np.random.default_rng(0)
     following, choices = rng.integers(0, VOCABULARY, (VOCABULARY, 4)), rng.integers(0, 4, 300_000)
@@ -230,7 +232,22 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--log", type=int, default=20, help="steps between lines")
     parser.add_argument("--out", default="lm.jxc")
     parser.add_argument("--hosts", action="store_true", help="this is one of several hosts")
-    return parser.parse_args(arguments)
+    flags = parser.parse_args(arguments)
+    for name, least in {"steps": 2, "batch": 1, "every": 1, "log": 1}.items():
+        if getattr(flags, name) < least:
+            parser.error(f"--{name} must be at least {least}")
+    return flags
+
+
+def make_mesh(shape: list[int] | None, batch: int) -> Mesh:
+    """The devices along "data" and "model"; all of them along "data" if nothing is asked for."""
+    devices = jax.devices()
+    data, model = shape or (len(devices), 1)
+    if data < 1 or model < 1 or data * model > len(devices):
+        raise SystemExit(f"--mesh {data} {model}: there are {len(devices)} devices")
+    if batch % data:
+        raise SystemExit(f"--batch {batch} must be a multiple of {data}, the devices along data")
+    return Mesh(np.array(devices[: data * model]).reshape(data, model), ("data", "model"))
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -238,10 +255,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     flags = parse(arguments)
     if flags.hosts:
         jax.distributed.initialize()
-    size, devices = SIZES[flags.size], jax.devices()
-    shape = flags.mesh or (len(devices), 1)
-    mesh = Mesh(np.array(devices[: math.prod(shape)]).reshape(shape), ("data", "model"))
-    everything = load_text(flags.data)
+    size = SIZES[flags.size]
+    mesh = make_mesh(flags.mesh, flags.batch)
+    everything = load_text(flags.data, 20 * size.context)
     text, held_out = np.split(everything, [len(everything) * 9 // 10])
 
     tx = optimizer(small(flags.steps), flags.rate, flags.steps)

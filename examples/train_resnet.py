@@ -10,7 +10,6 @@ command goes on from the last checkpoint, with the numbers that it would have ha
 
 import argparse
 import functools
-import math
 import pathlib
 import time
 from typing import Any, NamedTuple
@@ -174,7 +173,15 @@ def load_images(path: str | None, size: Size) -> tuple[np.ndarray, np.ndarray]:
     """Images and labels of an .npz file; without one, noisy copies of an image for each class."""
     if path is not None:
         with np.load(path) as file:
-            return file["images"], file["labels"].astype(np.int32)
+            images, labels = file["images"], file["labels"].astype(np.int32)
+        wanted = (len(labels), size.pixels, size.pixels, 3)
+        known = (labels >= 0) & (labels < size.classes)
+        if len(labels) < 10 or images.shape != wanted or not known.all():
+            raise SystemExit(
+                f"{path}: images {images.shape} must be {wanted}, ten at least, and labels 0 to "
+                f"{size.classes - 1}"
+            )
+        return images, labels
     rng = np.random.default_rng(0)
     classes = rng.normal(size=(size.classes, size.pixels, size.pixels, 3)).astype(np.float32)
     labels = rng.integers(0, size.classes, 2048 if size.pixels <= 64 else 256).astype(np.int32)
@@ -243,7 +250,22 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--log", type=int, default=20, help="steps between lines")
     parser.add_argument("--out", default="resnet.jxc")
     parser.add_argument("--hosts", action="store_true", help="this is one of several hosts")
-    return parser.parse_args(arguments)
+    flags = parser.parse_args(arguments)
+    for name, least in {"steps": 2, "batch": 1, "every": 1, "log": 1}.items():
+        if getattr(flags, name) < least:
+            parser.error(f"--{name} must be at least {least}")
+    return flags
+
+
+def make_mesh(shape: list[int] | None, batch: int) -> Mesh:
+    """The devices along "data" and "model"; all of them along "data" if nothing is asked for."""
+    devices = jax.devices()
+    data, model = shape or (len(devices), 1)
+    if data < 1 or model < 1 or data * model > len(devices):
+        raise SystemExit(f"--mesh {data} {model}: there are {len(devices)} devices")
+    if batch % data:
+        raise SystemExit(f"--batch {batch} must be a multiple of {data}, the devices along data")
+    return Mesh(np.array(devices[: data * model]).reshape(data, model), ("data", "model"))
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -251,9 +273,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     flags = parse(arguments)
     if flags.hosts:
         jax.distributed.initialize()
-    size, devices = SIZES[flags.size], jax.devices()
-    shape = flags.mesh or (len(devices), 1)
-    mesh = Mesh(np.array(devices[: math.prod(shape)]).reshape(shape), ("data", "model"))
+    size = SIZES[flags.size]
+    mesh = make_mesh(flags.mesh, flags.batch)
     images, labels = load_images(flags.data, size)
     count = len(labels) * 9 // 10
     data, held_out = (images[:count], labels[:count]), (images[count:], labels[count:])

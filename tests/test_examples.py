@@ -254,5 +254,31 @@ def test_a_language_model_trained_on_a_mesh(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "two.jxc").read_bytes() == (tmp_path / "lm.jxc").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("train_lm", ["--steps", "1"], "--steps must be at least 2"),
+        ("train_resnet", ["--log", "0"], "--log must be at least 1"),
+        ("train_lm", ["--mesh", "64", "1"], "--mesh 64 1: there are 8 devices"),
+        ("train_resnet", ["--mesh", "0", "1"], "--mesh 0 1: there are 8 devices"),
+        ("train_lm", ["--batch", "12"], "--batch 12 must be a multiple of 8"),
+        ("train_resnet", ["--batch", "3", "--mesh", "2", "2"], "--batch 3 must be a multiple of 2"),
+        ("train_lm", ["--data", "short"], "short: 3 bytes are too few"),
+        ("train_resnet", ["--data", "wrong.npz"], "must be (20, 32, 32, 3), ten at least"),
+        ("train_resnet", ["--data", "labels.npz"], "labels 0 to 9"),
+    ],
+)
+def test_what_a_run_cannot_begin_with_is_named(
+    tmp_path, monkeypatch, capsys, name, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("short").write_bytes(b"abc")
+    np.savez("wrong.npz", images=np.zeros((20, 28, 28, 3)), labels=np.zeros(20))
+    np.savez("labels.npz", images=np.zeros((20, 32, 32, 3)), labels=np.full(20, 10))
+    with pytest.raises(SystemExit) as stopped:
+        load(name).main(arguments)
+    assert message in f"{stopped.value}{capsys.readouterr().err}"
+
+
 def flat(tree):
     return jaxcomp.tree.flatten(tree, is_leaf=arrays.is_compressed)
