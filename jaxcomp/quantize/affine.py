@@ -212,7 +212,8 @@ def fake_quant(
 
     Returns:
         ``encode(x, format, key=key).decode()``, bit for bit, if no ``scale`` is given. NaN or
-        infinite values make everything that shares their scale NaN or infinite.
+        infinite values make everything that shares their scale NaN or infinite; with a ``scale``,
+        NaN stays NaN, and infinite values are clipped.
 
     Raises:
         TypeError: ``x`` is not a floating array of at most 32 bits; scale, zero point or
@@ -258,6 +259,8 @@ def _fake_quant(
     rounding = _rounding(format, x.shape) if key is None else None
     if scale is None and _holds_all(format):
         return _with_all(rounding, x, values)
+    # Integers have no code for it.
+    values = jnp.where(jnp.isnan(stopped), stopped, values)
     return _with_inside(rounding, x, values, inside, scales.scale, scales.zero_point)
 
 

@@ -282,3 +282,14 @@ def test_values_are_few():
         # From -1 to 1 affine codes meet ties at both ends: one code stays unused.
         assert len(np.unique(leaf.decode())) == 7
         assert jaxcomp.nbytes(leaf) == 256 * 2 + (4 if symmetric else 5)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("chance", [False, True])
+def test_a_nan_stays_one_with_a_scale_that_is_given(symmetric, chance):
+    x = jnp.array([[jnp.nan, 0.2], [jnp.inf, -jnp.inf]])
+    zero_point = None if symmetric else jnp.array([3, 3], jnp.uint8)
+    key = jax.random.key(0) if chance else None
+    y = fake_quant(x, Format(4, symmetric=symmetric), jnp.array([0.1, 0.1]), zero_point, key=key)
+    assert jnp.isnan(y).tolist() == [[True, False], [False, False]]
+    assert jnp.all(jnp.isfinite(y[1]))
