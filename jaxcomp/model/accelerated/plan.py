@@ -1,7 +1,7 @@
 """Which products of a program a kernel can compute, and why it cannot compute the others."""
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -9,37 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxcomp.arrays import (
-    BlockSparseArray,
-    CodebookArray,
-    GridArray,
-    QuantizedArray,
-    is_compressed,
-)
-from jaxcomp.kernels.block_sparse.matmul import block_sparse_matmul
-from jaxcomp.kernels.codebook.matmul import codebook_matmul
-from jaxcomp.kernels.fake_quant.conv import fake_quant_conv
-from jaxcomp.kernels.fake_quant.matmul import fake_quant_matmul
+from jaxcomp.arrays import is_compressed
 from jaxcomp.kernels.fake_quant.rounding import Rounding
-from jaxcomp.kernels.masked.conv import masked_conv
-from jaxcomp.kernels.masked.matmul import masked_matmul
-from jaxcomp.kernels.quantized.matmul import quantized_matmul
 from jaxcomp.marks import read_mark
 from jaxcomp.model import tapped
+from jaxcomp.model.accelerated.matrices import matrix_blocks, matrix_of
+from jaxcomp.model.accelerated.products import KERNELS, Planned, summed_axes
 from jaxcomp.model.accelerated.stacked import Unfit, stacked
 from jaxcomp.model.program import Block, Op, Program, Value
 from jaxcomp.model.readers import TURN, Reader, readers
 
-_KERNELS: dict[type, Callable[..., jax.Array]] = {
-    BlockSparseArray: block_sparse_matmul,
-    CodebookArray: codebook_matmul,
-    GridArray: quantized_matmul,
-    QuantizedArray: quantized_matmul,
-}
-_CONV = (
-    *("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers"),
-    "feature_group_count",
-)
 _LAYOUTS = frozenset(
     (
         *("broadcast_in_dim", "convert_element_type", "copy", "reshape", "rev", "slice", "squeeze"),
@@ -48,35 +27,6 @@ _LAYOUTS = frozenset(
 )
 # Bodies that hand nothing around.
 _INLINE = frozenset({"custom_jvp_call", "custom_vjp_call", "remat2", "checkpoint"})
-
-
-class Planned(NamedTuple):
-    """A product that a kernel computes.
-
-    Attributes:
-        op: the operation.
-        kernel: the name of the kernel.
-        path: of the leaf that it reads, compressed; None for a mask or a rounding that the program
-            applies.
-        loops: that hand out slices of the leaf, outermost first.
-        reads: values of the program, the dense weight first: then its mask, or the scale and zero
-            point where they are not found from it; empty for a compressed leaf.
-        rounding: of the dense weight.
-        switched: whether a boolean says if it is rounded; it is read behind these.
-        through: the operation that lets the weight's gradient past the mask or the rounding; what
-            it goes to is then the last that is read.
-        spent: whether nothing needs the leaf after its product in a turn of a loop.
-    """
-
-    op: Op
-    kernel: str
-    path: str | None
-    loops: tuple[Op, ...] = ()
-    reads: tuple[Value, ...] = ()
-    rounding: Rounding | None = None
-    switched: bool = False
-    through: Op | None = None
-    spent: bool = False
 
 
 class Plan(NamedTuple):
@@ -134,71 +84,10 @@ def _free(name: str, taken: Mapping[str, Any]) -> str:
     return found
 
 
-def swap_of(name: str, at: Planned, implementation: str | None) -> tapped.Swap:
-    """The operation as its kernel performs it.
-
-    Args:
-        name: of the entry of the state that holds the leaf.
-        at: what is planned.
-        implementation: for the kernel.
-    """
-    dtype = at.op.outputs[0].dtype
-
-    def of_leaf(entries: Any, inputs: tuple[Any, ...], bind: Any) -> Any:
-        leaf = entries[name]
-        # What is wider than the activations is summed and kept so.
-        x = _inputs_last(at.op, inputs[0]).astype(dtype)
-        # A loop that gets slices of a leaf would stack them up again.
-        after = {name: ()} if at.spent else entries
-        return [_KERNELS[type(leaf)](x, leaf, implementation=implementation).astype(dtype)], after
-
-    def of_dense(entries: Any, inputs: tuple[Any, ...], bind: Any) -> Any:
-        x, _, w, *more = inputs
-        if at.through is not None:
-            *more, stored = more
-            (w,) = tapped.bind(at.through, stored, w)
-        product = _of_rounding if at.rounding else _of_mask
-        return [product(at, x, w, more, implementation).astype(dtype)], entries
-
-    if at.path is None:
-        return tapped.Swap((), (), of_dense, at.reads)
-    return tapped.Swap((name,), at.loops, of_leaf)
-
-
-def _of_mask(at: Planned, x: Any, w: Any, more: Any, implementation: Any) -> jax.Array:
-    # A cast and a mask may change places.
-    w, dense_gradient = w.astype(at.op.inputs[1].dtype), at.through is not None
-    if at.kernel == "masked_conv":
-        return masked_conv(x, w, *more, **_window(at.op), dense_gradient=dense_gradient)
-    how: Any = {"dense_gradient": dense_gradient, "implementation": implementation}
-    return masked_matmul(_inputs_last(at.op, x), w, *more, **how)
-
-
-def _of_rounding(at: Planned, x: Any, w: Any, more: Any, implementation: Any) -> jax.Array:
-    *scales, active = more if at.switched else (*more, None)
-    how: Any = dict(zip(("scale", "zero_point"), scales, strict=False))
-    how["active"] = active
-    how["dtype"] = jnp.result_type(*(each.dtype for each in at.op.inputs[:2]))
-    how["dense_gradient"] = at.through is not None
-    if at.kernel == "fake_quant_conv":
-        return fake_quant_conv(x, w, at.rounding, **_window(at.op), **how)
-    how["implementation"] = implementation
-    return fake_quant_matmul(_inputs_last(at.op, x), w, at.rounding, **how)
-
-
-def _window(op: Op) -> dict[str, Any]:
-    return {key: op.params[key] for key in _CONV}
-
-
-def _inputs_last(op: Op, x: jax.Array) -> jax.Array:
-    (axis,) = op.params["dimension_numbers"][0][0]
-    return jnp.moveaxis(x, axis, -1)
-
-
 def _of_leaf(path: str, leaf: Any, reader: Reader, outside: Mapping[Op, Any]) -> Planned:
     if reader.obstacle or reader.op is None:
         raise Unfit(reader.obstacle or "it is an output of the model")
-    kernel = _KERNELS.get(type(leaf))
+    kernel = KERNELS.get(type(leaf))
     if kernel is None:
         raise Unfit(f"no kernel reads a {type(leaf).__name__}")
     _check_dot(reader.op, reader.operand)
@@ -206,7 +95,9 @@ def _of_leaf(path: str, leaf: Any, reader: Reader, outside: Mapping[Op, Any]) ->
     if any(step != TURN for step in reader.steps):
         raise Unfit("its layout is changed before it is multiplied")
     around = tuple(op for op, _ in outside[reader.op] if op.name not in _INLINE)
-    jax.eval_shape(lambda leaf: stacked(leaf, len(reader.loops)), leaf)
+    loops = len(reader.loops)
+    layer = lambda leaf: jax.tree.map(lambda part: part[(0,) * loops], stacked(leaf, loops))
+    jax.eval_shape(lambda leaf: matrix_of(layer(leaf), summed_axes(reader.op)), leaf)
     spent = around == reader.loops
     return Planned(reader.op, kernel.__name__, path, reader.loops, spent=spent)
 
@@ -215,8 +106,14 @@ def _check_dot(op: Op, operand: int) -> None:
     if op.name != "dot_general":
         raise Unfit(f"{op.name} is no matrix product")
     contracted, batch = op.params["dimension_numbers"]
-    if operand != 1 or len(op.inputs[1].shape) != 2 or batch[0] or tuple(contracted[1]) != (0,):
-        raise Unfit("it is not the right operand of a product over its first axis")
+    ndim, summed = len(op.inputs[1].shape), tuple(contracted[1])
+    if (
+        operand != 1
+        or batch[0]
+        or summed != tuple(range(len(summed)))
+        or not 0 < len(summed) < ndim
+    ):
+        raise Unfit("it is not the right operand of a product over its first axes")
 
 
 def _check_place(op: Op, bodies: Any) -> None:
@@ -248,6 +145,8 @@ def _of_dense(op: Op, program: Program, bodies: Any) -> Planned | None:
         return _check_none(op, program, bodies, through)
     if op.name == "dot_general":
         _check_dot(op, 1)
+        if rounding is not None and len(reads[0].shape) > 2:
+            matrix_blocks(rounding.blocks, len(reads[0].shape), summed_axes(op))
     elif op.params["batch_group_count"] != 1:
         raise Unfit("it groups its batch")
     _check_place(op, bodies)

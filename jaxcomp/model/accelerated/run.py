@@ -13,7 +13,8 @@ from jaxcomp.arrays import is_compressed
 from jaxcomp.checks import check_function
 from jaxcomp.kernels.forms import IMPLEMENTATIONS
 from jaxcomp.model import tapped
-from jaxcomp.model.accelerated.plan import Plan, Planned, make_plan, swap_of
+from jaxcomp.model.accelerated.plan import Plan, make_plan
+from jaxcomp.model.accelerated.products import Planned, swap_of
 from jaxcomp.model.accelerated.stacked import stacked
 from jaxcomp.model.program import Program, read
 
@@ -78,7 +79,8 @@ def accelerate(apply_fn: Callable[..., Any], implementation: Any = None) -> Acce
     """Compute a model's products with compressed, masked or rounded weights by kernels.
 
     Of a packed tree (:func:`jaxcomp.pack`): dots whose right operand is a quantized, a shared or a
-    block-sparse leaf, contracted over its first axis, also inside loops over stacked layers. Of a
+    block-sparse leaf, contracted over its first axis, also inside loops over stacked layers; and
+    over its first axes, as attention has them, unless they lie on explicit axes of a mesh. Of a
     dense tree: dots and convolutions whose kernel is multiplied with a boolean mask, or selected by
     it, right there; or rounded by :func:`jaxcomp.quantize.fake_quant` to a
     :class:`jaxcomp.quantize.Format`, not by chance, also from some step on. What
