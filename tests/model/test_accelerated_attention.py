@@ -222,3 +222,37 @@ def test_what_is_no_matrix_is_named(leaf, reason):
     model = accelerate(lambda w, x: jax.lax.dot_general(x, w, (((1,), (0,)), ((), ()))))
     assert reason in model.describe(w, x)
     np.testing.assert_allclose(model(w, x), model.apply_fn(w.decode(), x), rtol=1e-6)
+
+
+@pytest.mark.parametrize("format", [Format(4), Format(8, granularity=PerGroup(8)), quantize.fp8()])
+def test_a_packed_convolution_of_one_position_is_a_product(format):
+    w, x = quantize.encode(normal(1, 1, 16, 8), format), normal(2, 5, 4, 16)
+    layout = ("NHWC", "HWIO", "NHWC")
+    conv = lambda w, x: jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=layout)
+    model = accelerate(conv)
+    assert "quantized_matmul" in model.describe(w, x)
+    np.testing.assert_allclose(jax.jit(model)(w, x), conv(w.decode(), x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("shape", "how"),
+    [
+        ((3, 3, 16, 8), {}),
+        ((1, 1, 16, 8), {"window_strides": (2, 2)}),
+        ((1, 1, 16, 8), {"padding": [(1, 1), (0, 0)]}),
+        ((1, 1, 4, 8), {"feature_group_count": 4}),
+        ((16, 8, 1, 1), {"dimension_numbers": ("NHWC", "IOHW", "NHWC")}),
+        ((1, 1, 4, 8), {"dimension_numbers": ("NCHW", "HWIO", "NCHW")}),
+        ((1, 1, 16, 8), {"dimension_numbers": ("NHWC", "HWIO", "NCHW")}),
+    ],
+)
+def test_any_other_packed_convolution_is_decoded(shape, how):
+    w, x = quantize.encode(normal(*shape), Format(8)), normal(2, 4, 6, 16)
+    window = {"window_strides": (1, 1), "padding": "VALID", **how}
+    window.setdefault("dimension_numbers", ("NHWC", "HWIO", "NHWC"))
+    if window["dimension_numbers"][0] == "NCHW":
+        x = x[..., :4].transpose(0, 3, 1, 2)
+    conv = lambda w, x: jax.lax.conv_general_dilated(x, w, **window)
+    model = accelerate(conv)
+    assert "more than one position, or of another layout" in model.describe(w, x)
+    np.testing.assert_allclose(model(w, x), conv(w.decode(), x), rtol=1e-5, atol=1e-5)

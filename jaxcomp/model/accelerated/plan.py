@@ -14,7 +14,7 @@ from jaxcomp.kernels.fake_quant.rounding import Rounding
 from jaxcomp.marks import read_mark
 from jaxcomp.model import tapped
 from jaxcomp.model.accelerated.matrices import matrix_blocks, matrix_of
-from jaxcomp.model.accelerated.products import KERNELS, Planned, summed_axes
+from jaxcomp.model.accelerated.products import KERNELS, Planned, is_product, summed_axes
 from jaxcomp.model.accelerated.stacked import Unfit, stacked
 from jaxcomp.model.program import Block, Op, Program, Value
 from jaxcomp.model.readers import TURN, Reader, readers
@@ -90,7 +90,10 @@ def _of_leaf(path: str, leaf: Any, reader: Reader, outside: Mapping[Op, Any]) ->
     kernel = KERNELS.get(type(leaf))
     if kernel is None:
         raise Unfit(f"no kernel reads a {type(leaf).__name__}")
-    _check_dot(reader.op, reader.operand)
+    if reader.op.name != "conv_general_dilated":
+        _check_dot(reader.op, reader.operand)
+    elif reader.operand != 1 or not is_product(reader.op):
+        raise Unfit("it is a convolution of more than one position, or of another layout")
     _check_place(reader.op, outside[reader.op])
     if any(step != TURN for step in reader.steps):
         raise Unfit("its layout is changed before it is multiplied")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxcomp.arrays import BlockSparseArray, CodebookArray, GridArray, QuantizedArray
 from jaxcomp.kernels.block_sparse.matmul import block_sparse_matmul
 from jaxcomp.kernels.codebook.matmul import codebook_matmul
+from jaxcomp.kernels.convolution import convolution
 from jaxcomp.kernels.fake_quant.conv import fake_quant_conv
 from jaxcomp.kernels.fake_quant.matmul import fake_quant_matmul
 from jaxcomp.kernels.fake_quant.rounding import Rounding, find_scale
@@ -146,16 +147,29 @@ def _of_matrix(op: Op, w: Any, rounding: Rounding, how: Any) -> tuple[Rounding, 
     return rounding._replace(axis=-1, blocks=blocks), how
 
 
+def is_product(op: Op) -> bool:
+    """Whether a convolution is a product with a matrix: of one position, channels last."""
+    x, w = (jax.ShapeDtypeStruct(each.shape, each.dtype) for each in op.inputs)
+    how, ndim = convolution(x, w, **_window(op)), len(w.shape)
+    one = set(w.shape[:-2]) <= {1} and set(how.padding) <= {(0, 0)}
+    last = how.matrix_axes() == tuple(range(ndim)) and how.is_product
+    return one and last and op.params["batch_group_count"] == 1
+
+
 def _window(op: Op) -> dict[str, Any]:
     return {key: op.params[key] for key in _CONV}
 
 
 def summed_axes(op: Op) -> int:
-    """How many axes a ``dot_general`` sums over."""
+    """How many axes of its weight a product sums over: a ``dot_general``, or as a convolution."""
+    if op.name == "conv_general_dilated":
+        return len(op.inputs[1].shape) - 1
     return len(op.params["dimension_numbers"][0][0])
 
 
 def _inputs_last(op: Op, x: jax.Array) -> jax.Array:
+    if op.name == "conv_general_dilated":
+        return x
     axes, count = op.params["dimension_numbers"][0][0], summed_axes(op)
     x = jnp.moveaxis(x, axes, range(-count, 0))
     return x if count == 1 else x.reshape(*x.shape[:-count], math.prod(x.shape[-count:]))
