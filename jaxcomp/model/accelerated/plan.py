@@ -98,9 +98,9 @@ def _of_leaf(path: str, leaf: Any, reader: Reader, outside: Mapping[Op, Any]) ->
     if any(step != TURN for step in reader.steps):
         raise Unfit("its layout is changed before it is multiplied")
     around = tuple(op for op, _ in outside[reader.op] if op.name not in _INLINE)
-    loops = len(reader.loops)
+    loops, inputs = len(reader.loops), summed_axes(reader.op)
     layer = lambda leaf: jax.tree.map(lambda part: part[(0,) * loops], stacked(leaf, loops))
-    jax.eval_shape(lambda leaf: matrix_of(layer(leaf), summed_axes(reader.op)), leaf)
+    jax.eval_shape(lambda leaf: matrix_of(layer(leaf), inputs), leaf)
     spent = around == reader.loops
     return Planned(reader.op, kernel.__name__, path, reader.loops, spent=spent)
 
