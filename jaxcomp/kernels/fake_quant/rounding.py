@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Shaped, UInt8
 
 from jaxcomp.arrays.blocks import Blocks, merge_blocks, split_blocks, wide_scale
@@ -106,9 +107,9 @@ def find_scale(
         widen(end(split, axis=shared, keepdims=True, initial=0 if not x.size else None))
         for end in (jnp.min, jnp.max)
     )
-    # The ends that some compilers find pass a NaN by.
-    unknown = jnp.isnan(split).any(axis=shared, keepdims=True)
-    low = jnp.where(unknown, jnp.nan, low)
+    # The ends that a CPU's compiler finds pass a NaN by; elsewhere a NaN is their minimum.
+    missed = lambda split, low: jnp.where(jnp.isnan(split).any(shared, keepdims=True), jnp.nan, low)
+    low = lax.platform_dependent(split, low, cpu=missed, default=lambda _, low: low)
     if rounding.symmetric:
         return bounded_scale(jnp.maximum(high, -low) * (1 / steps), steps, x.dtype), None
     low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
