@@ -33,14 +33,14 @@ class Case(NamedTuple):
         run: ``run(x, weight, implementation)``.
         trained: whether forward and both gradients are run.
         density: the part of the products that must be computed.
-        in_bytes: whether 8-bit numbers are multiplied.
+        rate: of a chip at which it multiplies: "rate", "int8" or "float8".
     """
 
     make: Make
     run: Callable[..., Any]
     trained: bool = False
     density: float = 1.0
-    in_bytes: bool = False
+    rate: str = "rate"
 
     def flops(self, rows: int, shape: tuple[int, int]) -> float:
         """Multiplications and additions that cannot be left out."""
@@ -120,8 +120,8 @@ CASES = {
     "int4, channels": Case(_encoded(Format(4, granularity=PerChannel(-1))), quantized_matmul),
     "int4, groups of 128": Case(_encoded(Format(4, granularity=PerGroup(128))), quantized_matmul),
     "codebook of 16": Case(_shared, codebook_matmul),
-    "w8a8": Case(_encoded(Format(8)), rounded("int8"), in_bytes=True),
-    "fp8 × fp8": Case(_encoded(quantize.fp8()), rounded("float8_e4m3fn"), in_bytes=True),
+    "w8a8": Case(_encoded(Format(8)), rounded("int8"), rate="int8"),
+    "fp8 × fp8": Case(_encoded(quantize.fp8()), rounded("float8_e4m3fn"), rate="float8"),
     "fake-quantized, 8 bits, forward and backward": Case(_normal, fake_quantized, trained=True),
     "blocks of 128, 80%": Case(_blocks(0.2), block_sparse_matmul, density=0.2),
     "blocks of 128, 90%": Case(_blocks(0.1), block_sparse_matmul, density=0.1),
