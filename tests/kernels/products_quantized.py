@@ -11,7 +11,7 @@ from product_row import Product, exact
 
 from jaxcomp import quantize
 from jaxcomp.kernels.quantized.matmul import quantized_matmul
-from jaxcomp.quantize import Format, PerGroup, mxfp4
+from jaxcomp.quantize import Format, PerChannel, PerGroup, mxfp4
 
 SMALL = ((1, 1), (3, 5), (257, 130))
 
@@ -30,6 +30,14 @@ def dense(weight: Any) -> np.ndarray:
 
 def run(activations: Any, x: Any, weight: Any, implementation: Any = None) -> Any:
     return quantized_matmul(x, weight, activations=activations, implementation=implementation)
+
+
+def run_transposed(x: Any, weight: Any, implementation: Any = None) -> Any:
+    return quantized_matmul(x, weight, transposed=True, implementation=implementation)
+
+
+def encoded_transposed(format: Any, rng: Any, inputs: int, outputs: int, dtype: Any) -> Any:
+    return encoded(format, rng, outputs, inputs, dtype)
 
 
 def rounded(form: str, x: np.ndarray) -> np.ndarray:
@@ -58,6 +66,16 @@ def of(format: Any, activations: Any = None, **how: Any) -> Product:
     )
 
 
+def transposed(format: Any, **how: Any) -> Product:
+    return Product(
+        partial(encoded_transposed, lambda _: format),
+        run_transposed,
+        lambda weight: dense(weight).T,
+        fits=(256, 256),
+        **how,
+    )
+
+
 # Other forms of the kernels are in test_quantized_matmul.py.
 QUANTIZED = {
     "int8": of(Format(8), odd=SMALL),
@@ -66,5 +84,7 @@ QUANTIZED = {
     "int4-groups-affine": of(affine(4, 32), forms=("triton",), odd=((96, 7),)),
     "mxfp4": of(lambda inputs: mxfp4() if inputs % 32 == 0 else Format(4), forms=(), odd=()),
     "fp8": of(quantize.fp8(), forms=(), odd=((3, 5),)),
+    "int8-transposed": transposed(Format(8, granularity=PerChannel(0)), odd=SMALL),
+    "int4-affine-transposed": transposed(Format(4, symmetric=False), forms=(), odd=((3, 5),)),
     "w8a8": of(Format(8), activations="int8", forms=(), odd=((3, 5),)),
 }

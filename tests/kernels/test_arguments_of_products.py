@@ -68,3 +68,11 @@ WRONG = {
 def test_what_is_wrong_is_named(unchecked, message, call):
     with pytest.raises(ValueError if "padding" in message else TypeError, match=message):
         call()
+
+
+def test_a_transposed_leaf_takes_no_rounded_activations():
+    with pytest.raises(ValueError, match="not rounded before a transposed leaf"):
+        kernels.quantized_matmul(W[:1], QUANTIZED, transposed=True, activations="int8")
+    with pytest.raises(ValueError, match=r"\(\*rows, inputs\) and \(outputs, inputs\)"):
+        kernels.quantized_matmul(X, QUANTIZED, transposed=True)
+    assert kernels.quantized_matmul(W, QUANTIZED, transposed=True).shape == (8, 8)

@@ -10,13 +10,13 @@ from jaxtyping import Array, Shaped
 
 from jaxcomp.arrays.grid import GridArray
 from jaxcomp.arrays.quantized import QuantizedArray
-from jaxcomp.checks import check_arrays
+from jaxcomp.checks import check_arrays, check_flag
 from jaxcomp.kernels.forms import Kernel, choose
 from jaxcomp.kernels.placed import Axes, explicit, flat_rows, placed, unflat_rows
 from jaxcomp.kernels.quantized import tpu, triton, triton_rounded, xla
 from jaxcomp.kernels.quantized.activations import MANY_ROWS, quantize_rows, unfit_codes
 from jaxcomp.kernels.quantized.activations import forward as rounded
-from jaxcomp.kernels.quantized.packed import Coding, packed_matrix
+from jaxcomp.kernels.quantized.packed import Coding, packed_matrix, scales_of_rows
 from jaxcomp.sharding import explicit_axes
 
 _FORMS = {"triton": triton, "mosaic_tpu": tpu}
@@ -34,6 +34,7 @@ def quantized_matmul(
     x: Shaped[Array, "..."],
     weight: Any,
     *,
+    transposed: bool = False,
     activations: str | None = None,
     implementation: Any = None,
 ) -> Shaped[Array, "..."]:
@@ -42,6 +43,8 @@ def quantized_matmul(
     Args:
         x: activations, ``(*rows, inputs)``; integers and booleans become the leaf's dtype.
         weight: a quantized leaf of two axes, ``(inputs, outputs)``, of any form and granularity.
+        transposed: multiply with ``weight.decode().T``, of a leaf ``(outputs, inputs)``, as tied
+            embeddings are kept; not with ``activations``; static.
         activations: None, or what each row of ``x`` is rounded to first, with a scale of its own:
             ``"int8"`` (with integer codes, or ``float4_e2m1fn``), ``"float8_e4m3fn"`` or
             ``"float8_e5m2"`` (with codes of that kind; the first also with 4 bits and fewer).
@@ -70,22 +73,30 @@ def quantized_matmul(
         ...                       8, 1, (), jnp.float32)
         >>> quantized_matmul(jnp.array([[2.0, 3.0]]), leaf)
         Array([[2.]], dtype=float32)
+        >>> quantized_matmul(jnp.array([2.0]), leaf, transposed=True)
+        Array([-1.,  2.], dtype=float32)
     """
     if not isinstance(weight, QuantizedArray | GridArray):
         kind = type(weight).__name__
         raise TypeError(f"weight must be a QuantizedArray or a GridArray, not {kind}")
     shape = weight.shape
     check_arrays(x=x)
-    if x.ndim < 1 or len(shape) != 2 or x.shape[-1] != shape[0]:
-        raise ValueError(
-            f"x {x.shape} and the leaf {shape} must be (*rows, inputs) and (inputs, outputs)"
-        )
+    check_flag("transposed", transposed)
+    if x.ndim < 1 or len(shape) != 2 or x.shape[-1] != shape[transposed]:
+        of_leaf = "(outputs, inputs)" if transposed else "(inputs, outputs)"
+        raise ValueError(f"x {x.shape} and the leaf {shape} must be (*rows, inputs) and {of_leaf}")
+    if transposed and activations is not None:
+        raise ValueError("activations are not rounded before a transposed leaf: leave one out")
+    weight, by_row = scales_of_rows(weight) if transposed else (weight, None)
     coding, arrays = packed_matrix(weight)
     if activations is not None and (reason := unfit_codes(coding, activations)):
         raise ValueError(reason)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         x = x.astype(weight.dtype)
-    y: Any = _product((coding, activations, implementation), flat_rows(x), *arrays)
+    if transposed:
+        y: Any = _transposed((coding, implementation), flat_rows(x), *arrays, by_row)
+    else:
+        y = _product((coding, activations, implementation), flat_rows(x), *arrays)
     return unflat_rows(y, x)
 
 
@@ -130,6 +141,39 @@ def _product_backward(static: Any, kept: Any, dy: jax.Array) -> Any:
 
 
 _product.defvjp(_product_forward, _product_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _transposed(
+    static: tuple[Coding, Any], x: Any, codes: Any, scale: Any, zero: Any, by_row: Any
+) -> Any:
+    coding, implementation = static
+    run = partial(_run, "to_input", coding=coding, implementation=implementation)
+    if by_row is None:
+        return run(x, codes, scale, zero, dtype=x.dtype)
+    y = run(x, codes, scale, zero, dtype=jnp.promote_types(x.dtype, by_row.dtype))
+    return _by_row(y, by_row).astype(x.dtype)
+
+
+def _transposed_forward(static: Any, x: Any, codes: Any, scale: Any, zero: Any, by_row: Any) -> Any:
+    like = x if explicit_axes(x, codes, scale) else None
+    return _transposed(static, x, codes, scale, zero, by_row), (like, codes, scale, zero, by_row)
+
+
+def _transposed_backward(static: Any, kept: Any, dy: jax.Array) -> Any:
+    (coding, implementation), (like, *weight, by_row) = static, kept
+    scaled = dy if by_row is None else _by_row(dy, by_row).astype(dy.dtype)
+    how = {"coding": coding, "implementation": implementation}
+    dx = _run("forward", scaled, *weight, **how, dtype=dy.dtype, like=like)
+    return dx, None, None, None, None
+
+
+_transposed.defvjp(_transposed_forward, _transposed_backward)
+
+
+def _by_row(y: jax.Array, scale: jax.Array) -> jax.Array:
+    axes = Axes((("r", "i"), ("i",)), ("r", "i"))
+    return explicit(lambda y, scale: y * scale, axes)(y, scale)
 
 
 def _run(

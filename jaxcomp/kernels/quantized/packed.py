@@ -1,5 +1,6 @@
 """A matrix of packed codes as its products take it: codes, and scales by group of inputs."""
 
+import dataclasses
 import math
 from functools import partial
 from typing import Any, NamedTuple
@@ -85,6 +86,39 @@ def packed_matrix(leaf: QuantizedArray | GridArray) -> tuple[Coding, Packed]:
     spread = partial(_by_groups, shape=leaf.shape, blocks=leaf.blocks)
     zero = None if zero is None else spread(zero)
     return Coding(leaf.bits, kind, leaf.length), Packed(leaf.codes, spread(scale), zero)
+
+
+def scales_of_rows(leaf: Any) -> tuple[Any, jax.Array | None]:
+    """A leaf without the scales of its rows, and these, where each row has one and no other.
+
+    Spread over the columns they would take more memory than the codes.
+
+    Example:
+        >>> leaf = QuantizedArray(jnp.zeros((2, 3), jnp.uint8), jnp.array([[0.5], [2.0]]), None, 8,
+        ...                       3, (), jnp.float32)
+        >>> scales_of_rows(leaf)[1]
+        Array([0.5, 2. ], dtype=float32)
+    """
+    affine = isinstance(leaf, QuantizedArray) and leaf.zero_point is not None
+    if affine or leaf.blocks or leaf.scale.shape != (leaf.shape[0], 1):
+        return leaf, None
+    scale = wide_scale(leaf.scale)
+    return dataclasses.replace(leaf, scale=jnp.ones((1, 1), scale.dtype)), scale[:, 0]
+
+
+def scales_are_spread(leaf: Any) -> bool:
+    """Whether a transposed product needs a scale for each weight, which is more than the weights.
+
+    Example:
+        >>> leaf = QuantizedArray(jnp.zeros((2, 4), jnp.uint8), jnp.ones((2, 2, 1)), None, 8,
+        ...                       4, ((2, -1),), jnp.float32)
+        >>> scales_are_spread(leaf)
+        True
+    """
+    if any(axis == -2 for _, axis in leaf.blocks):
+        return False
+    left, _ = scales_of_rows(leaf)
+    return left.scale.shape[0] > 1
 
 
 def _by_groups(array: jax.Array, shape: tuple[int, ...], blocks: Any) -> jax.Array:

@@ -11,6 +11,8 @@ from jax.core import Tracer
 
 from jaxcomp.arrays import is_compressed
 from jaxcomp.kernels.fake_quant.rounding import Rounding
+from jaxcomp.kernels.quantized.matmul import quantized_matmul
+from jaxcomp.kernels.quantized.packed import scales_are_spread
 from jaxcomp.marks import read_mark
 from jaxcomp.model import tapped
 from jaxcomp.model.accelerated.matrices import matrix_blocks, matrix_of
@@ -90,19 +92,43 @@ def _of_leaf(path: str, leaf: Any, reader: Reader, outside: Mapping[Op, Any]) ->
     kernel = KERNELS.get(type(leaf))
     if kernel is None:
         raise Unfit(f"no kernel reads a {type(leaf).__name__}")
-    if reader.op.name != "conv_general_dilated":
-        _check_dot(reader.op, reader.operand)
-    elif reader.operand != 1 or not is_product(reader.op):
-        raise Unfit("it is a convolution of more than one position, or of another layout")
+    transposed = _is_transposed(reader)
+    if transposed and kernel is not quantized_matmul:
+        raise Unfit("its transpose is multiplied, which kernels do of quantized leaves alone")
     _check_place(reader.op, outside[reader.op])
-    if any(step != TURN for step in reader.steps):
-        raise Unfit("its layout is changed before it is multiplied")
     around = tuple(op for op, _ in outside[reader.op] if op.name not in _INLINE)
     loops, inputs = len(reader.loops), summed_axes(reader.op)
-    layer = lambda leaf: jax.tree.map(lambda part: part[(0,) * loops], stacked(leaf, loops))
-    jax.eval_shape(lambda leaf: matrix_of(layer(leaf), inputs), leaf)
-    spent = around == reader.loops
-    return Planned(reader.op, kernel.__name__, path, reader.loops, spent=spent)
+
+    def check(leaf: Any) -> None:
+        layer = jax.tree.map(lambda part: part[(0,) * loops], stacked(leaf, loops))
+        matrix = matrix_of(layer, inputs)
+        if transposed and scales_are_spread(matrix):
+            raise Unfit("its transpose is multiplied, and its scales differ along both axes")
+
+    jax.eval_shape(check, leaf)
+    how = {"operand": reader.operand, "transposed": transposed, "spent": around == reader.loops}
+    return Planned(reader.op, kernel.__name__, path, reader.loops, **how)
+
+
+def _is_transposed(reader: Reader) -> bool:
+    """Whether a product sums over the last of a leaf's two axes; raises for what is none."""
+    op, operand = reader.op, reader.operand
+    assert op is not None
+    steps = [step for step in reader.steps if step != TURN]
+    turned = steps == [("transpose", (1, 0))]
+    if steps and not turned:
+        raise Unfit("its layout is changed before it is multiplied")
+    if op.name == "conv_general_dilated":
+        if operand != 1 or turned or not is_product(op):
+            raise Unfit("it is a convolution of more than one position, or of another layout")
+        return False
+    if op.name != "dot_general" or len(op.inputs[operand].shape) != 2:
+        _check_dot(op, operand)
+        return False
+    contracted, batch = op.params["dimension_numbers"]
+    if batch[operand] or len(contracted[operand]) != 1:
+        raise Unfit("it is not multiplied as a matrix")
+    return (contracted[operand][0] == 1) != turned
 
 
 def _check_dot(op: Op, operand: int) -> None:

@@ -50,6 +50,8 @@ class Planned(NamedTuple):
         through: the operation that lets the weight's gradient past the mask or the rounding; what
             it goes to is then the last that is read.
         spent: whether nothing needs the leaf after its product in a turn of a loop.
+        operand: which input of the operation the weight is; the left one only of two axes.
+        transposed: whether the product sums over the second of the leaf's two axes.
     """
 
     op: Op
@@ -61,6 +63,8 @@ class Planned(NamedTuple):
     switched: bool = False
     through: Op | None = None
     spent: bool = False
+    operand: int = 1
+    transposed: bool = False
 
 
 def swap_of(name: str, at: Planned, implementation: str | None) -> tapped.Swap:
@@ -77,13 +81,14 @@ def swap_of(name: str, at: Planned, implementation: str | None) -> tapped.Swap:
         leaf = entries[name]
         # A loop that gets slices of a leaf would stack them up again.
         after = {name: ()} if at.spent else entries
-        if _is_laid_out(at.op, inputs[0], leaf):
-            return bind(inputs[0], leaf.decode()), after
+        x, how = inputs[1 - at.operand], {"transposed": True} if at.transposed else {}
+        if _is_laid_out(at.op, x, leaf):
+            return bind(x, leaf.decode()), after
         matrix = matrix_of(leaf, summed_axes(at.op))
         # What is wider than the activations is summed and kept so.
-        x = _inputs_last(at.op, inputs[0]).astype(made.dtype)
-        y = KERNELS[type(leaf)](x, matrix, implementation=implementation)
-        return [_as(made, y)], after
+        x = _inputs_last(at.op, x, 1 - at.operand).astype(made.dtype)
+        y = KERNELS[type(leaf)](x, matrix, implementation=implementation, **how)
+        return [_as(made, y if at.operand else jnp.moveaxis(y, -1, 0))], after
 
     def of_dense(entries: Any, inputs: tuple[Any, ...], bind: Any) -> Any:
         x, dense, w, *more = inputs
@@ -167,10 +172,10 @@ def summed_axes(op: Op) -> int:
     return len(op.params["dimension_numbers"][0][0])
 
 
-def _inputs_last(op: Op, x: jax.Array) -> jax.Array:
+def _inputs_last(op: Op, x: jax.Array, operand: int = 0) -> jax.Array:
     if op.name == "conv_general_dilated":
         return x
-    axes, count = op.params["dimension_numbers"][0][0], summed_axes(op)
+    axes, count = op.params["dimension_numbers"][0][operand], summed_axes(op)
     x = jnp.moveaxis(x, axes, range(-count, 0))
     return x if count == 1 else x.reshape(*x.shape[:-count], math.prod(x.shape[-count:]))
 

@@ -78,14 +78,18 @@ class Accelerated:
 def accelerate(apply_fn: Callable[..., Any], implementation: Any = None) -> Accelerated:
     """Compute a model's products with compressed, masked or rounded weights by kernels.
 
-    Of a packed tree (:func:`jaxcomp.pack`): dots whose right operand is a quantized, a shared or a
-    block-sparse leaf, contracted over its first axis, also inside loops over stacked layers; and
-    over its first axes, as attention has them, or in a convolution of one position, unless they lie
-    on explicit axes of a mesh. Of a dense tree: dots and convolutions whose kernel is multiplied
-    with a boolean mask, or selected by it, right there; or rounded by
-    :func:`jaxcomp.quantize.fake_quant` to a :class:`jaxcomp.quantize.Format`, not by chance, also
-    from some step on. What :func:`jaxcomp.compressed` does to parameters counts where ``apply_fn``
-    calls it, with its gradients.
+    Of a packed tree (:func:`jaxcomp.pack`), also inside loops over stacked layers:
+
+    - dots with a quantized, a shared or a block-sparse leaf that sum over its first axis; or over
+      its first axes, as attention does, unless they lie on explicit axes of a mesh;
+    - dots that sum over the second of a quantized leaf's two axes, as those with tied embeddings;
+    - convolutions of one position.
+
+    Of a dense tree: dots and convolutions whose kernel is multiplied with a boolean mask, or
+    selected by it, right there; or rounded by :func:`jaxcomp.quantize.fake_quant` to a
+    :class:`jaxcomp.quantize.Format`, not by chance, also from some step on. What
+    :func:`jaxcomp.compressed` does to parameters counts where ``apply_fn`` calls it, with its
+    gradients.
 
     Everything else runs as it was, decoded where it is used; :meth:`Accelerated.describe` names it
     with the reason. The model does not change. What a kernel computes has no forward-mode
