@@ -27,7 +27,7 @@ from jaxcomp.kernels import (
     pack_mask,
     quantized_matmul,
 )
-from jaxcomp.quantize import Format, PerGroup, encode, mxfp4, nvfp4
+from jaxcomp.quantize import Format, PerChannel, PerGroup, encode, mxfp4, nvfp4
 
 
 def shapes_on(chip: Any, tree: Any) -> Any:
@@ -86,6 +86,8 @@ def cases(platform: str) -> dict[str, Case]:
             for name, format in FORMATS.items():
                 leaf = jax.eval_shape(lambda w, format=format: encode(w, format), w)
                 found[f"{name} {size}"] = Case(quantized_matmul, (x, leaf), 1)
+            head = jax.eval_shape(lambda w: encode(w.T, Format(8, granularity=PerChannel(0))), w)
+            found[f"head {size}"] = Case(partial(quantized_matmul, transposed=True), (x, head), 1)
             indices = jax.ShapeDtypeStruct((4096, outputs // 2), jnp.uint8)
             codebook = jax.ShapeDtypeStruct((16,), jnp.bfloat16)
             shared = CodebookArray(indices, codebook, outputs, jnp.bfloat16)

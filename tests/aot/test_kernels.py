@@ -56,7 +56,9 @@ def test_memory_beside_arguments_and_results_is_the_activations(chip):
         scales = 4 * {"mxfp4": 128, "nvfp4": 256}.get(name.split()[0], 0) * outputs
         # A warpgroup computes 64 rows at least, of which the few are taken; and lists of blocks.
         rest = 2 * 64 * outputs + (1 << 13) if "hopper" in name and rows == 16 else 0
-        assert found["temporary"] <= allowed + searched + parts + scales + rest, name
+        # Sums of rows that have a scale of their own stay in float32 until they are scaled.
+        sums = 4 * rows * outputs if name.startswith("head") else 0
+        assert found["temporary"] <= allowed + searched + parts + scales + rest + sums, name
 
 
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
