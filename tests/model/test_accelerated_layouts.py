@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxcomp
 from jaxcomp import quantize, share
@@ -59,6 +60,18 @@ def test_whichever_axis_is_summed_over(name, format):
         jax.grad(loss(run, w))(x) for run, w in ((model, leaf), (apply_fn, leaf.decode()))
     )
     np.testing.assert_allclose(found, expected, **close)
+
+
+def test_a_weight_on_the_left_of_what_lies_on_explicit_axes():
+    mesh = jax.make_mesh((2, 2), ("d", "m"), axis_types=(AxisType.Explicit,) * 2)
+    leaf, x = quantize.encode(normal(8, 16), Format(8)), normal(2, 4, 16)
+    apply_fn = lambda w, x: jax.lax.dot_general(w, x, (((1,), (2,)), ((), ())))
+    expected = apply_fn(leaf.decode(), x)
+    placed = jax.device_put(x, NamedSharding(mesh, PartitionSpec("d", "m", None)))
+    with jax.set_mesh(mesh):
+        y = jax.jit(accelerate(apply_fn))(leaf, placed)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    assert y.sharding.spec == PartitionSpec(None, "d", "m")
 
 
 def test_layers_of_equinox_and_stacks_of_them():

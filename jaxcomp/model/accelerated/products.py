@@ -82,7 +82,7 @@ def swap_of(name: str, at: Planned, implementation: str | None) -> tapped.Swap:
         # A loop that gets slices of a leaf would stack them up again.
         after = {name: ()} if at.spent else entries
         x, how = inputs[1 - at.operand], {"transposed": True} if at.transposed else {}
-        if _is_laid_out(at.op, x, leaf):
+        if _is_laid_out(at.op.inputs[at.operand], x, leaf):
             return bind(x, leaf.decode()), after
         matrix = matrix_of(leaf, summed_axes(at.op))
         # What is wider than the activations is summed and kept so.
@@ -92,7 +92,7 @@ def swap_of(name: str, at: Planned, implementation: str | None) -> tapped.Swap:
 
     def of_dense(entries: Any, inputs: tuple[Any, ...], bind: Any) -> Any:
         x, dense, w, *more = inputs
-        if at.op.name == "dot_general" and _is_laid_out(at.op, x, dense):
+        if at.op.name == "dot_general" and _is_laid_out(at.op.inputs[1], x, dense):
             return bind(x, dense), entries
         if at.through is not None:
             *more, stored = more
@@ -184,6 +184,6 @@ def _matrix(op: Op, w: jax.Array) -> jax.Array:
     return w if w.ndim == 2 else w.reshape(math.prod(w.shape[: summed_axes(op)]), -1)
 
 
-def _is_laid_out(op: Op, *arrays: Any) -> bool:
+def _is_laid_out(weight: Value, *arrays: Any) -> bool:
     """Whether axes that would have to be merged are explicit axes of a mesh."""
-    return len(op.inputs[1].shape) > 2 and bool(explicit_axes(arrays))
+    return len(weight.shape) > 2 and bool(explicit_axes(arrays))
