@@ -208,9 +208,15 @@ def encode_given(x: Any, scale: Any, format: Format) -> CompressedArray:
         >>> encode_given(jnp.array([[0.4, 9.0]]), jnp.array([[0.5]]), Format(4)).decode()
         Array([[0.5, 3.5]], dtype=float32)
     """
-    find = lambda x, scale: find_codes(x, Scales(scale), format)[0]
+    find = lambda x, scale: _codes(x, scale, format)
     codes = automatic(find, out=spec_like(x, x.shape))(x, scale)
     return leaf_of(codes, Scales(scale), format, x.dtype)
+
+
+# Outside `jit` one program, instead of one for every operation on every shape.
+@functools.partial(jax.jit, static_argnums=2)
+def _codes(x: jax.Array, scale: jax.Array, format: Format) -> jax.Array:
+    return find_codes(x, Scales(scale), format)[0]
 
 
 def check_uniform(format: AnyFormat) -> None:

@@ -1,5 +1,6 @@
 """What all who learn a scale share: its sign does not count, and its derivative is given."""
 
+import functools
 from typing import Any
 
 import jax
@@ -22,6 +23,8 @@ def magnitude(scale: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.where(scale < 0, -scale, scale)
 
 
+# Outside `jit` one program, instead of one for every operation on every shape.
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def used_step(scale: Float[Array, "..."], format: Format, dtype: Any) -> Shaped[Array, "..."]:
     """The step sizes that quantize, of those that are learned: positive, no level overflows.
 
