@@ -30,13 +30,13 @@ class Convolution(NamedTuple):
     layout: tuple[tuple[int, ...], ...]
     groups: int
 
-    @property
-    def is_product(self) -> bool:
-        """Whether it is a product with a matrix, of a kernel of one position, channels last."""
+    def is_product(self, kernel: tuple[int, ...]) -> bool:
+        """Whether it is a product with a matrix: a kernel of one position, channels last."""
         inputs, _, outputs = self.layout
-        last = len(inputs) - 1
-        plain = {*self.strides, *self.input_dilation, self.groups} == {1}
-        return plain and inputs[1] == outputs[1] == last and inputs == outputs
+        positions = {kernel[axis] for axis in self.matrix_axes()[:-2]}
+        plain = {*self.strides, *self.input_dilation, *positions, self.groups} == {1}
+        last = inputs[1] == outputs[1] == len(inputs) - 1 and inputs == outputs
+        return plain and last and set(self.padding) <= {(0, 0)}
 
     def matrix_axes(self) -> tuple[int, ...]:
         """The axes of the kernel in the order (*space, inputs, outputs)."""

@@ -8,7 +8,7 @@ import jax
 from jax import lax
 from jaxtyping import Array, Bool, Float, Shaped, UInt8
 
-from jaxcomp.checks import check_arrays, check_flag
+from jaxcomp.checks import check_arrays
 from jaxcomp.kernels.convolution import (
     Convolution,
     axes_of,
@@ -19,11 +19,10 @@ from jaxcomp.kernels.convolution import (
 )
 from jaxcomp.kernels.fake_quant.matmul import fake_quant_matmul
 from jaxcomp.kernels.fake_quant.operand import (
-    check_active,
     coded,
     differentiated_once,
     nothing_of,
-    operand,
+    operands,
     product_dtype,
     scaled,
     straight_through,
@@ -32,7 +31,6 @@ from jaxcomp.kernels.fake_quant.operand import (
 )
 from jaxcomp.kernels.fake_quant.rounding import (
     Rounding,
-    check_rounding,
     find_codes,
     find_scale,
     values_of,
@@ -105,15 +103,10 @@ def fake_quant_conv(
         Array([5., 5., 5., 2.], dtype=float32)
     """
     check_arrays(x=x, w=w)
-    check_flag("dense_gradient", dense_gradient)
     window = (window_strides, padding, lhs_dilation, rhs_dilation)
     how = convolution(x, w, *window, dimension_numbers, feature_group_count)
-    if keep not in ("weight", "codes"):
-        raise ValueError(f"keep must be 'weight' or 'codes', not {keep!r}")
-    check_rounding("w", rounding, w.shape)
-    of_x = operand("x", x, inputs, input_scale, input_zero_point, codes=True)
-    of_w = operand("w", w, rounding, scale, zero_point, codes=keep == "codes")
-    check_active(active, of_w)
+    of_inputs, of_weight = (inputs, input_scale, input_zero_point), (rounding, scale, zero_point)
+    of_x, of_w = operands(x, w, of_inputs, of_weight, keep, dense_gradient, active)
     if _is_product(how, w, rounding):
         last = 2 + len(rounding.blocks)
         matrix = lambda a: None if a is None else a.reshape(a.shape[-last:])
@@ -137,7 +130,6 @@ def fake_quant_conv(
             f"fake_quant_conv has no form {implementation!r} but of kernels of one position, steps "
             "of 1, no padding, no groups and channels last: take None or 'xla'"
         )
-    of_w = of_w._replace(clips=of_w.clips and not dense_gradient)
     dtype = product_dtype(x, w, dtype)
     scales = (input_scale, input_zero_point, scale, zero_point)
     return _conv_jit((how, of_x, of_w, dtype), x, w, active, *scales)
@@ -163,10 +155,9 @@ def fake_quant_conv_reference(
 def _is_product(how: Convolution, w: jax.Array, rounding: Rounding) -> bool:
     """Whether it is a product with a matrix whose rounding is that of a matrix."""
     order = how.matrix_axes()
-    one = {w.shape[axis] for axis in order[:-2]} <= {1} and set(how.padding) <= {(0, 0)}
     columns = rounding.axis is None or rounding.axis in (-1, w.ndim - 1)
     shared = all(axis >= -2 for _, axis in rounding.blocks) if rounding.blocks else columns
-    return how.is_product and one and shared and order == tuple(range(w.ndim))
+    return how.is_product(w.shape) and shared and order == tuple(range(w.ndim))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

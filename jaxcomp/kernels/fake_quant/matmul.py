@@ -9,16 +9,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Shaped, UInt8
 
-from jaxcomp.checks import check_arrays, check_flag
+from jaxcomp.checks import check_arrays
 from jaxcomp.kernels.fake_quant import tpu, triton
 from jaxcomp.kernels.fake_quant.operand import (
     Kept,
     Operand,
-    check_active,
     coded,
     differentiated_once,
     nothing_of,
-    operand,
+    operands,
     product_dtype,
     scaled,
     straight_through,
@@ -27,7 +26,6 @@ from jaxcomp.kernels.fake_quant.operand import (
 )
 from jaxcomp.kernels.fake_quant.rounding import (
     Rounding,
-    check_rounding,
     find_codes,
     find_scale,
     values_of,
@@ -98,16 +96,10 @@ def fake_quant_matmul(
         Array([[6., 1.]], dtype=float32)
     """
     check_arrays(x=x, w=w)
-    check_flag("dense_gradient", dense_gradient)
     if x.ndim < 1 or w.ndim != 2 or x.shape[-1] != w.shape[0]:
         raise ValueError(f"x {x.shape} and w {w.shape} must be (*rows, inputs), (inputs, outputs)")
-    if keep not in ("weight", "codes"):
-        raise ValueError(f"keep must be 'weight' or 'codes', not {keep!r}")
-    check_rounding("w", rounding, w.shape)
-    of_x = operand("x", x, inputs, input_scale, input_zero_point, codes=True)
-    of_w = operand("w", w, rounding, scale, zero_point, codes=keep == "codes")
-    check_active(active, of_w)
-    of_w = of_w._replace(clips=of_w.clips and not dense_gradient)
+    of_inputs, of_weight = (inputs, input_scale, input_zero_point), (rounding, scale, zero_point)
+    of_x, of_w = operands(x, w, of_inputs, of_weight, keep, dense_gradient, active)
     scales = (input_scale, input_zero_point, scale, zero_point)
     dtype = product_dtype(x, w, dtype)
     return _product_jit((of_x, of_w, dtype, implementation), x, w, active, *scales)

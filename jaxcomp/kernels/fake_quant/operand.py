@@ -9,6 +9,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jaxcomp.arrays.blocks import split_shape
+from jaxcomp.checks import check_flag
 from jaxcomp.kernels.fake_quant.rounding import (
     Rounding,
     check_rounding,
@@ -51,7 +52,13 @@ class Kept(NamedTuple):
 
 
 def operand(
-    name: str, x: jax.Array, rounding: Any, scale: Any, zero_point: Any, codes: bool
+    name: str,
+    x: jax.Array,
+    rounding: Any,
+    scale: Any,
+    zero_point: Any,
+    codes: bool,
+    optional: bool = False,
 ) -> Operand:
     """How an operand is treated, its arguments checked.
 
@@ -60,10 +67,10 @@ def operand(
         ValueError: they do not fit each other.
 
     Example:
-        >>> operand("w", jnp.ones((2, 3)), None, None, None, False)
+        >>> operand("x", jnp.ones((2, 3)), None, None, None, True, optional=True)
         Operand(rounding=None, clips=False, codes=False)
     """
-    if rounding is None:
+    if rounding is None and optional:
         if scale is not None or zero_point is not None:
             raise ValueError(f"{name}: a scale without a rounding: say to how many bits")
         return Operand(None, False, False)
@@ -86,25 +93,49 @@ def operand(
     return Operand(rounding, scale is not None, codes)
 
 
-def check_active(active: Any, how: Operand) -> None:
-    """Raise ``TypeError`` or ``ValueError`` unless a boolean can say if an operand is rounded.
+def operands(
+    x: jax.Array,
+    w: jax.Array,
+    inputs: tuple[Any, ...],
+    rounding: tuple[Any, ...],
+    keep: str,
+    dense_gradient: bool,
+    active: Any,
+) -> tuple[Operand, Operand]:
+    """How activations and a weight are treated, all arguments of a product checked.
+
+    Args:
+        x: activations.
+        w: latent weights.
+        inputs: rounding of ``x`` or None, its scale and its zero point.
+        rounding: the same of ``w``; not None.
+        keep: ``"weight"`` or ``"codes"``.
+        dense_gradient: whether clipped weights get their gradient.
+        active: None, or a boolean that says whether ``w`` is rounded.
+
+    Raises:
+        TypeError: as :func:`operand`; a flag is none.
+        ValueError: as :func:`operand`; ``keep`` is another word, or ``"codes"`` with ``active``.
 
     Example:
-        >>> check_active(jnp.array(True), Operand(Rounding(4), False, True))
-        Traceback (most recent call last):
-        ...
-        ValueError: active with keep='codes': what is not rounded has no codes; keep='weight'
+        >>> one = jnp.ones((2, 2))
+        >>> of_x, of_w = operands(
+        ...     one, one, (None,) * 3, (Rounding(4), None, None), "weight", False, None)
+        >>> of_x.rounding, of_w.rounding.bits
+        (None, 4)
     """
-    if active is None:
-        return
-    if getattr(active, "shape", None) != () or active.dtype != jnp.bool_:
+    check_flag("dense_gradient", dense_gradient)
+    if keep not in ("weight", "codes"):
+        raise ValueError(f"keep must be 'weight' or 'codes', not {keep!r}")
+    of_x = operand("x", x, *inputs, codes=True, optional=True)
+    of_w = operand("w", w, *rounding, codes=keep == "codes")
+    if active is not None and (getattr(active, "shape", None) != () or active.dtype != jnp.bool_):
         raise TypeError(f"active must be one boolean, such as step >= 100, not {active!r}")
-    if how.rounding is None:
-        raise ValueError("active without a rounding: say to how many bits")
-    if how.codes:
+    if active is not None and of_w.codes:
         raise ValueError(
             "active with keep='codes': what is not rounded has no codes; keep='weight'"
         )
+    return of_x, of_w._replace(clips=of_w.clips and not dense_gradient)
 
 
 def product_dtype(x: jax.Array, w: jax.Array, dtype: Any) -> Any:
@@ -204,7 +235,6 @@ def values(how: Operand, kept: Kept, dtype: Any) -> jax.Array:
     if how.rounding is None:
         return kept.array
     rounding: Rounding = how.rounding
-
     of = values_of if kept.array.dtype == jnp.uint8 else nearest_of
 
     def run(array: jax.Array, scale: jax.Array, zero_point: Any = None) -> jax.Array:

@@ -73,14 +73,13 @@ def masked_conv(
         Array([4., 5., 5., 1.], dtype=float32)
     """
     check_arrays(x=x, w=w)
-    if not isinstance(mask, PackedMask):
-        check_mask(mask)
     check_flag("dense_gradient", dense_gradient)
     window = (window_strides, padding, lhs_dilation, rhs_dilation)
     how = convolution(x, w, *window, dimension_numbers, feature_group_count)
     order = how.matrix_axes()
-    *kernel, inputs, outputs = (w.shape[axis] for axis in order)
+    inputs, outputs = (w.shape[axis] for axis in order[-2:])
     if not isinstance(mask, PackedMask):
+        check_mask(mask)
         if mask.shape != w.shape:
             raise ValueError(f"mask {mask.shape} must be of the shape of w, {w.shape}")
         mask = _pack(mask, order)
@@ -90,8 +89,7 @@ def masked_conv(
             f"a packed mask of shape {mask.shape} does not fit w {w.shape}: it must be "
             f"{(size, outputs)}, (positions * inputs, outputs), as pack_kernel_mask makes it"
         )
-    is_product = how.is_product and set(kernel) <= {1} and set(how.padding) <= {(0, 0)}
-    if is_product:
+    if how.is_product(w.shape):
         matrix = w.transpose(order).reshape(inputs, outputs)
         return masked_matmul(
             x, matrix, mask, dense_gradient=dense_gradient, implementation=implementation

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from jaxcomp.checks import check_arrays, check_flag
 from jaxcomp.kernels.forms import Kernel, choose
 from jaxcomp.kernels.masked import tpu, triton
-from jaxcomp.kernels.packed_mask import PackedMask, check_mask, pack_mask
+from jaxcomp.kernels.packed_mask import PackedMask, pack_mask
 from jaxcomp.kernels.placed import Axes, explicit, flat_rows, placed, unflat_rows
 
 # Each form is measured by itself.
@@ -67,15 +67,13 @@ def masked_matmul(
     2020, section 3.
     """
     check_arrays(x=x, w=w)
-    if not isinstance(mask, PackedMask):
-        check_mask(mask)
     check_flag("dense_gradient", dense_gradient)
-    if x.ndim < 1 or w.ndim != 2 or x.shape[-1] != w.shape[0] or mask.shape != w.shape:
+    packed = mask if isinstance(mask, PackedMask) else pack_mask(mask)
+    if x.ndim < 1 or w.ndim != 2 or x.shape[-1] != w.shape[0] or packed.shape != w.shape:
         raise ValueError(
-            f"x {x.shape}, w {w.shape} and mask {mask.shape} must be (*rows, inputs), "
+            f"x {x.shape}, w {w.shape} and mask {packed.shape} must be (*rows, inputs), "
             "(inputs, outputs) and (inputs, outputs)"
         )
-    packed = mask if isinstance(mask, PackedMask) else pack_mask(mask)
     static = (packed.rows, packed.block, dense_gradient, implementation)
     y: Any = _product(static, flat_rows(x), w, packed.bits)
     return unflat_rows(y, x)

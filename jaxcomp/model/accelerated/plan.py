@@ -278,13 +278,11 @@ def _switched(made: Op | None, makers: Mapping[Value, Op]) -> tuple[Op | None, t
     if made is None or made.name != "select_n" or len(made.inputs) != 3:
         return made, ()
     active, w, other = made.inputs
-    rounding = makers.get(other)
-    if active.shape or active.dtype != jnp.bool_ or rounding is None:
+    maker = makers.get(other)
+    reads = _rounded(maker)[1] if maker is not None else None
+    if active.shape or active.dtype != jnp.bool_ or reads is None or reads[0] is not w:
         return made, ()
-    note = _note(rounding)
-    if note is None or note[0] != "fake_quant" or rounding.inputs[0] is not w:
-        return made, ()
-    return rounding, (active,)
+    return maker, (active,)
 
 
 def _masked(made: Op, makers: Mapping[Value, Op]) -> tuple[Value, Value] | None:

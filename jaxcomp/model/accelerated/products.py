@@ -13,7 +13,8 @@ from jaxcomp.kernels.codebook.matmul import codebook_matmul
 from jaxcomp.kernels.convolution import convolution
 from jaxcomp.kernels.fake_quant.conv import fake_quant_conv
 from jaxcomp.kernels.fake_quant.matmul import fake_quant_matmul
-from jaxcomp.kernels.fake_quant.rounding import Rounding, find_scale
+from jaxcomp.kernels.fake_quant.operand import Operand, scaled
+from jaxcomp.kernels.fake_quant.rounding import Rounding
 from jaxcomp.kernels.masked.conv import masked_conv
 from jaxcomp.kernels.masked.matmul import masked_matmul
 from jaxcomp.kernels.quantized.matmul import quantized_matmul
@@ -138,27 +139,26 @@ def _of_rounding(at: Planned, x: Any, w: Any, more: Any, implementation: Any) ->
 
 def _of_matrix(op: Op, w: Any, rounding: Rounding, how: Any) -> tuple[Rounding, Any]:
     """How the matrix of a weight of more axes is rounded, with the scales of these."""
-    inputs, scale, zero_point = summed_axes(op), how.get("scale"), how.get("zero_point")
+    inputs, scale = summed_axes(op), how.get("scale")
+    kept = scaled(Operand(rounding, False, False), w, scale, how.get("zero_point"))
+    found = {
+        name: matrix_scales(array, w.shape, rounding.blocks, inputs)
+        for name, array in (("scale", kept.scale), ("zero_point", kept.zero_point))
+        if array is not None
+    }
     if scale is None:
         # What is found holds all of it: nothing is clipped.
-        how = {**how, "dense_gradient": True}
-        scale, zero_point = find_scale(jax.lax.stop_gradient(w), rounding)
-    ndim = w.ndim + len(rounding.blocks)
-    for name, array in (("scale", scale), ("zero_point", zero_point)):
-        if array is not None:
-            array = array.reshape((1,) * (ndim - array.ndim) + array.shape)
-            how = {**how, name: matrix_scales(array, w.shape, rounding.blocks, inputs)}
+        found["dense_gradient"] = True
     blocks = matrix_blocks(rounding.blocks, w.ndim, inputs)
-    return rounding._replace(axis=-1, blocks=blocks), how
+    return rounding._replace(axis=-1, blocks=blocks), {**how, **found}
 
 
 def is_product(op: Op) -> bool:
-    """Whether a convolution is a product with a matrix: of one position, channels last."""
+    """Whether a convolution is a product with a kernel whose axes lie as those of a matrix."""
     x, w = (jax.ShapeDtypeStruct(each.shape, each.dtype) for each in op.inputs)
-    how, ndim = convolution(x, w, **_window(op)), len(w.shape)
-    one = set(w.shape[:-2]) <= {1} and set(how.padding) <= {(0, 0)}
-    last = how.matrix_axes() == tuple(range(ndim)) and how.is_product
-    return one and last and op.params["batch_group_count"] == 1
+    how = convolution(x, w, **_window(op))
+    in_order = how.matrix_axes() == tuple(range(len(w.shape)))
+    return how.is_product(w.shape) and in_order and op.params["batch_group_count"] == 1
 
 
 def _window(op: Op) -> dict[str, Any]:
