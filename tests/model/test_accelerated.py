@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from accelerated_steps import check_same_steps
 
 import jaxcomp
 from jaxcomp import prune, quantize, share
@@ -235,35 +236,9 @@ def test_training_with_the_compression_inside_the_model_takes_the_same_steps(met
     rng = np.random.default_rng(0)
     x, y = (jnp.asarray(rng.normal(size=(8, n)), jnp.float32) for n in (32, 16))
     params = net.init(jax.random.key(0), x)["params"]
-    tx = jaxcomp.wrap_optimizer(optax.sgd(0.1), compression)
-
-    def seen(params, opt_state, x):
-        return net.apply({"params": jaxcomp.compressed(params, opt_state)}, x)
-
-    def trained(run):
-        @jax.jit
-        def step(params, opt_state):
-            loss = lambda params: jnp.mean((run(params, opt_state, x) - y) ** 2)
-            updates, opt_state = tx.update(jax.grad(loss)(params), opt_state, params)
-            return optax.apply_updates(params, updates), opt_state
-
-        now, opt_state = params, tx.init(params)
-        for _ in range(3):
-            now, opt_state = step(now, opt_state)
-        return now
-
-    fast = lambda params, opt_state, x: accelerate(
-        lambda params, x: seen(params, opt_state, x)
-    )(params, x)  # fmt: skip
-    opt_state = tx.init(params)
-    told = accelerate(lambda params, x: seen(params, opt_state, x)).describe(params, x)
-    assert told.count(kernel) == 2
-    assert "left" not in told
+    run = lambda params, x: net.apply({"params": params}, x)
     close = 1e-5 if dtype == jnp.float32 else 1e-2
-    for found, expected in zip(
-        jax.tree.leaves(trained(fast)), jax.tree.leaves(trained(seen)), strict=True
-    ):
-        np.testing.assert_allclose(found, expected, rtol=close, atol=close)
+    check_same_steps(run, params, (x, y), compression, {kernel: 2}, 0, close)
 
 
 def test_what_is_rounded_otherwise_than_a_kernel_can_is_left_as_it_is():

@@ -7,8 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+from accelerated_steps import check_same_steps
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -163,34 +163,8 @@ def test_training_with_attention_takes_the_same_steps(method):
     compression, kernel, count = METHODS[method]
     x, y = normal(2, 5, 32), normal(2, 5, 32)
     params = ATTENTION.init(jax.random.key(0), x)["params"]
-    tx = jaxcomp.wrap_optimizer(optax.sgd(0.1), compression)
-
-    def seen(params, opt_state, x):
-        return ATTENTION.apply({"params": jaxcomp.compressed(params, opt_state)}, x)
-
-    def fast(params, opt_state, x):
-        return accelerate(lambda params, x: seen(params, opt_state, x))(params, x)
-
-    def trained(run):
-        @jax.jit
-        def step(params, opt_state):
-            loss = lambda params: jnp.mean((run(params, opt_state, x) - y) ** 2)
-            updates, opt_state = tx.update(jax.grad(loss)(params), opt_state, params)
-            return optax.apply_updates(params, updates), opt_state
-
-        now, opt_state = params, tx.init(params)
-        for _ in range(3):
-            now, opt_state = step(now, opt_state)
-        return now
-
-    opt_state = tx.init(params)
-    told = accelerate(lambda params, x: seen(params, opt_state, x)).describe(params, x)
-    assert told.count(kernel) == count
-    assert told.count("left") == 4 - count
-    for found, expected in zip(
-        jax.tree.leaves(trained(fast)), jax.tree.leaves(trained(seen)), strict=True
-    ):
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    run = lambda params, x: ATTENTION.apply({"params": params}, x)
+    check_same_steps(run, params, (x, y), compression, {kernel: count}, 4 - count, 1e-5)
 
 
 def test_what_lies_on_explicit_axes_is_decoded():
