@@ -129,12 +129,14 @@ def facts(function: Any, arguments: Any, compiled: Any) -> dict[str, Any]:
     body = re.sub(r"custom-call\((.*?ConcatBitcast)", r"ConcatBitcast(\1", body)
     made = re.findall(r"= (\w+)\[([\d,]*)\][^=]*? ([\w-]+)\(", body)
     results = jax.tree.leaves(jax.eval_shape(function, *arguments))
-    counted = compiled.cost_analysis() or {}
+    counted, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
     ours = r"tpu_custom_call|__gpu\$xla.gpu.triton|mosaic_gpu_v2"
     return {
         "flops": counted.get("flops"),
         "bytes": counted.get("bytes accessed"),
-        "temporary": compiled.memory_analysis().temp_size_in_bytes,
+        "temporary": memory.temp_size_in_bytes,
+        # What is read and written at least.
+        "least": memory.argument_size_in_bytes + memory.output_size_in_bytes,
         "kernels": len(re.findall(f'custom_call_target="(?:{ours})"', text)),
         "results": [list(leaf.shape) for leaf in results],
         "made": [
