@@ -103,6 +103,18 @@ def test_any_sizes_fall_back(name):
         assert_close(product.run(x, weight), seen @ product.dense(weight), x.dtype)
 
 
+@every_product
+def test_views_of_numpy_with_any_strides(name, unchecked):
+    """Every second number of activations that are turned; weights column by column."""
+    product, x, weight, _ = made(name)
+    wide = np.zeros((2 * x.shape[1], x.shape[0]), x.dtype)
+    wide[::2] = np.asarray(x).T
+    view = wide[::2].T
+    assert not view.flags.c_contiguous
+    turned = jax.tree.map(np.asfortranarray, weight)
+    np.testing.assert_array_equal(product.run(view, turned), product.run(x, weight))
+
+
 @every_form
 def test_no_rows(name, form):
     product, x, weight, _ = made(name, rows=(0,))
