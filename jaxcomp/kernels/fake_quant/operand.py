@@ -52,13 +52,7 @@ class Kept(NamedTuple):
 
 
 def operand(
-    name: str,
-    x: jax.Array,
-    rounding: Any,
-    scale: Any,
-    zero_point: Any,
-    codes: bool,
-    optional: bool = False,
+    name: str, x: jax.Array, rounding: Any, scale: Any, zero_point: Any, codes: bool
 ) -> Operand:
     """How an operand is treated, its arguments checked.
 
@@ -67,13 +61,9 @@ def operand(
         ValueError: they do not fit each other.
 
     Example:
-        >>> operand("x", jnp.ones((2, 3)), None, None, None, True, optional=True)
-        Operand(rounding=None, clips=False, codes=False)
+        >>> operand("w", jnp.ones((2, 3)), Rounding(4), jnp.ones(3), None, False).clips
+        True
     """
-    if rounding is None and optional:
-        if scale is not None or zero_point is not None:
-            raise ValueError(f"{name}: a scale without a rounding: say to how many bits")
-        return Operand(None, False, False)
     check_rounding(name, rounding, x.shape)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"{name}: {x.dtype} numbers are not rounded: give floats")
@@ -127,7 +117,12 @@ def operands(
     check_flag("dense_gradient", dense_gradient)
     if keep not in ("weight", "codes"):
         raise ValueError(f"keep must be 'weight' or 'codes', not {keep!r}")
-    of_x = operand("x", x, *inputs, codes=True, optional=True)
+    if inputs[0] is not None:
+        of_x = operand("x", x, *inputs, codes=True)
+    elif any(each is not None for each in inputs):
+        raise ValueError("x: a scale without a rounding: say to how many bits")
+    else:
+        of_x = Operand(None, False, False)
     of_w = operand("w", w, *rounding, codes=keep == "codes")
     if active is not None and (getattr(active, "shape", None) != () or active.dtype != jnp.bool_):
         raise TypeError(f"active must be one boolean, such as step >= 100, not {active!r}")

@@ -141,7 +141,7 @@ def _of_matrix(op: Op, w: Any, rounding: Rounding, how: Any) -> tuple[Rounding, 
     """How the matrix of a weight of more axes is rounded, with the scales of these."""
     inputs, scale = summed_axes(op), how.get("scale")
     kept = scaled(Operand(rounding, False, False), w, scale, how.get("zero_point"))
-    found = {
+    found: dict[str, Any] = {
         name: matrix_scales(array, w.shape, rounding.blocks, inputs)
         for name, array in (("scale", kept.scale), ("zero_point", kept.zero_point))
         if array is not None
